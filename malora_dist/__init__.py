@@ -1,0 +1,3 @@
+"""Distributed expert-parallel training of MALoRA (Mixture of Asymmetric Low-Rank Adaptation)."""
+
+__version__ = "0.1.0"

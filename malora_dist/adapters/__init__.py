@@ -1,0 +1,1 @@
+"""The adapters: maths, start values and parameter budget on plain tensors, no distributed code."""

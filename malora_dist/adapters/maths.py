@@ -1,0 +1,133 @@
+"""The maths of the adapters on plain tensors: the reference every parallel path is tested against.
+
+Two functions stand around the dispatch of tokens to experts: :func:`project` before it
+(replicated parameters: the shared down-projection and the router) and :func:`expert_forward`
+after it (the experts at hand). :func:`adapter_forward` is both on one process.
+
+Shape suffixes: T tokens, I input width n, M output width m, D shared width d, N experts,
+E experts at hand, K topk, R rank of one expert, W rows that reached the experts at hand,
+Z width of z (d for MALoRA, n for MoLoRA, r for LoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from malora_dist.adapters.spec import AdapterSpec
+
+
+class Routing(NamedTuple):
+    """Where each token goes. Gates and probabilities are float32 (or wider) and carry gradients."""
+
+    gates_TK: Tensor
+    experts_TK: Tensor  # int64
+    probs_TN: Tensor
+
+
+def router_logits(x_TI: Tensor, router_NI: Tensor) -> Tensor:
+    """Logits of the bias-free linear router, in float32 (or wider) whatever the dtype of x. [T, N]"""
+    dtype = torch.promote_types(x_TI.dtype, torch.float32)
+    return F.linear(x_TI.to(dtype), router_NI.to(dtype))
+
+
+def route(logits_TN: Tensor, topk: int, norm_topk_prob: bool) -> Routing:
+    """Softmax over all experts in the dtype of the logits, cut to the top k, renormalised over the kept for k > 1.
+
+    At k = 1 the gate is never renormalised: it would be 1 and the router would get no gradient.
+    """
+    probs_TN = logits_TN.softmax(dim=-1)
+    gates_TK, experts_TK = probs_TN.topk(topk, dim=-1)
+    if norm_topk_prob and topk > 1:
+        gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+    return Routing(gates_TK, experts_TK, probs_TN)
+
+
+def dense_gates(routing: Routing) -> Tensor:
+    """The gates as a [T, N] matrix, zero for experts not chosen."""
+    zeros_TN = torch.zeros_like(routing.probs_TN, dtype=routing.gates_TK.dtype)
+    return zeros_TN.scatter(-1, routing.experts_TK, routing.gates_TK)
+
+
+def project(spec: AdapterSpec, params: Mapping[str, Tensor], x_TI: Tensor) -> Tensor:
+    """What is sent to the experts: S_A x for MALoRA, A x for LoRA, x itself for MoLoRA. [T, Z]
+
+    Computed in x's dtype; `x_TI` is the input after `lora_dropout`.
+    """
+    if spec.method == "molora":
+        return x_TI
+    shared = params["S" if spec.method == "malora" else "A"]
+    return F.linear(x_TI, shared.to(x_TI.dtype))
+
+
+def expert_forward(spec: AdapterSpec, params: Mapping[str, Tensor], z_WZ: Tensor, gates_WE: Tensor | None) -> Tensor:
+    """Gate-weighted sum of the experts at hand, times the scaling s. [W, M]
+
+    The gated block form: ``u = (P_cat z) * repeat(g, r')`` and ``y = s B_cat u``, gates zero for
+    experts not chosen. No sorting, no scatter; rows without any expert at hand give zero, and
+    with no rows at all every parameter still gets a (zero) gradient.
+
+    Args:
+        params: ``P`` [E, R, D] (MALoRA) or ``A`` [E, R, I] (MoLoRA) and ``B`` [E, M, R];
+            for LoRA only ``B`` [M, R] is used.
+        gates_WE: gates of the experts at hand; None for the methods without a router.
+    """
+    up = params["B"].to(z_WZ.dtype)
+    if not spec.is_mixture:
+        return F.linear(z_WZ, up) * spec.scaling
+    assert gates_WE is not None, "a mixture needs gates"
+    down_ERZ = params["P" if spec.method == "malora" else "A"].to(z_WZ.dtype)
+    num_experts, rank, _ = down_ERZ.shape
+    u_WER = F.linear(z_WZ, down_ERZ.flatten(0, 1)).view(-1, num_experts, rank)
+    u_WER = u_WER * (gates_WE * spec.scaling).to(z_WZ.dtype).unsqueeze(-1)
+    up_MER = up.permute(1, 0, 2)
+    return F.linear(u_WER.flatten(1), up_MER.flatten(1))
+
+
+def load_balancing_loss(fraction_N: Tensor, mean_probs_N: Tensor, coeff: float) -> Tensor:
+    """coeff * N * sum_e f_e p_e over one microbatch.
+
+    Args:
+        fraction_N: f_e, the share of the tokens' k slots that went to expert e (no gradient).
+        mean_probs_N: p_e, the mean router probability. Both are means over all non-padding
+            tokens of the microbatch: the product of averages, not the average of products.
+    """
+    return coeff * fraction_N.numel() * (fraction_N * mean_probs_N).sum()
+
+
+def expert_counts(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
+    """Slots that went to each expert, over the tokens marked valid; the gates' dtype. [N]"""
+    num_experts, topk = routing.probs_TN.shape[-1], routing.experts_TK.shape[-1]
+    ones_T = torch.ones_like(routing.gates_TK[:, 0]) if valid_T is None else valid_T.to(routing.gates_TK.dtype)
+    weights = ones_T.detach().repeat_interleave(topk)
+    counts_N = weights.new_zeros(num_experts)
+    return counts_N.index_add_(0, routing.experts_TK.reshape(-1), weights)
+
+
+def adapter_forward(
+    spec: AdapterSpec,
+    params: Mapping[str, Tensor],
+    x_TI: Tensor,
+    valid_T: Tensor | None = None,
+    dropped_x_TI: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One whole adapter on one process: (delta of the output [T, M], load-balancing loss []).
+
+    Args:
+        valid_T: False on padding, which the load-balancing loss leaves out; None means all valid.
+        dropped_x_TI: x after `lora_dropout`; None means no dropout.
+    """
+    z_TZ = project(spec, params, x_TI if dropped_x_TI is None else dropped_x_TI)
+    if not spec.is_mixture:
+        return expert_forward(spec, params, z_TZ, None), x_TI.new_zeros((), dtype=torch.float32)
+    routing = route(router_logits(x_TI, params["router"]), spec.topk, spec.norm_topk_prob)
+    y_TM = expert_forward(spec, params, z_TZ, dense_gates(routing))
+    ones_T = torch.ones_like(routing.gates_TK[:, 0]) if valid_T is None else valid_T.to(routing.gates_TK.dtype)
+    tokens = ones_T.sum().clamp(min=1.0)
+    fraction_N = expert_counts(routing, valid_T) / (tokens * spec.topk)
+    mean_probs_N = (routing.probs_TN * ones_T.unsqueeze(-1)).sum(dim=0) / tokens
+    return y_TM, load_balancing_loss(fraction_N, mean_probs_N, spec.aux_loss_coeff)

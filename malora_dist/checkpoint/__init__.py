@@ -1,0 +1,1 @@
+"""Checkpoints on disk: converted bases and trained adapters, both megatron dist checkpoints."""

@@ -1,0 +1,194 @@
+"""Adapter checkpoints: adapter, optimizer, scheduler and data position as one megatron dist checkpoint.
+
+    SAVE/
+        latest_checkpointed_iteration.txt   written last: a checkpoint without it is not there
+        iter_0000100/                       megatron-core `torch_dist` checkpoint
+            adapter.json                    :class:`AdapterInfo`
+            config.yaml                     the resolved configuration of the run
+
+The frozen base is not in it; its fingerprint is. Dropout draws from (seed, step), so that no RNG
+state has to be kept: the iteration is enough.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
+from malora_dist.config import Config, save_config
+from malora_dist.errors import CheckpointError
+from malora_dist.models.adapted_linear import is_adapter_key
+from malora_dist.models.llama import LlamaModel
+from malora_dist.parallel.topology import Topology
+
+ADAPTER_FILE = "adapter.json"
+FORMAT_VERSION = 1
+
+#: Fields in which a resumed run has to equal the checkpoint: together they are the adapter's function.
+_IDENTITY = (
+    "method", "target_modules", "lora_rank", "lora_alpha", "use_rslora", "num_lora_experts", "topk",
+    "shared_dim", "rank_expansion", "norm_topk_prob",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What `adapter.json` says about a checkpoint."""
+
+    spec: AdapterSpec
+    base_fingerprint: str
+    base_name_or_path: str
+    iteration: int
+    num_layers: int
+
+
+@dataclass
+class Trained:
+    """What a checkpoint holds and restores; progress counts optimizer steps and samples."""
+
+    model: LlamaModel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def read_adapter_info(directory: Path) -> AdapterInfo:
+    """Read `adapter.json` of one `iter_*` directory.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or of another format version.
+    """
+    file = directory / ADAPTER_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{directory}: is not an adapter checkpoint or is half-written, {ADAPTER_FILE} is missing"
+        )
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["format_version"] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: format_version {raw['format_version']}, this version reads {FORMAT_VERSION}"
+            )
+        return AdapterInfo(
+            spec=AdapterSpec(**raw["spec"]),
+            base_fingerprint=raw["base"]["fingerprint"],
+            base_name_or_path=raw["base"]["hf_model_name_or_path"],
+            iteration=raw["iteration"],
+            num_layers=raw["num_layers"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
+
+
+def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) -> None:
+    """Refuse a checkpoint of another base or another adapter.
+
+    Raises:
+        CheckpointError: naming what differs and both values.
+    """
+    info = read_adapter_info(directory)
+    if info.base_fingerprint != base.fingerprint:
+        raise CheckpointError(
+            f"{directory}: was trained on another base ({info.base_name_or_path}, fingerprint "
+            f"{info.base_fingerprint[:12]}) than pretrained_checkpoint holds ({base.hf_model_name_or_path}, fingerprint {base.fingerprint[:12]}); "
+            "name that base"
+        )
+    for key in _IDENTITY:
+        saved = info.spec.projections if key == "target_modules" else getattr(info.spec, key)
+        wanted = spec.projections if key == "target_modules" else getattr(spec, key)
+        if saved != wanted:
+            raise CheckpointError(
+                f"{directory}: has {key}={saved!r}, the config says {wanted!r}; set it to the checkpoint's"
+            )
+
+
+def _sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> dict[str, Any]:
+    metadata = {"dp_cp_group": topology.dp_group}
+    adapters = {
+        key: value for key, value in trained.model.sharded_state_dict(metadata=metadata).items() if is_adapter_key(key)
+    }
+    return {
+        "model": adapters,
+        "optimizer": trained.optimizer.sharded_state_dict(adapters, is_loading=is_loading, metadata=metadata),
+        "scheduler": trained.scheduler.state_dict(),
+        "progress": {"iteration": trained.iteration, "consumed_samples": trained.consumed_samples},
+    }
+
+
+def save_adapter_checkpoint(
+    save: Path, trained: Trained, config: Config, base: BaseInfo, num_layers: int, topology: Topology
+) -> Path:
+    """Write `iter_*` and, when every rank is done, the tracker file. Called by all ranks."""
+    directory = save / iteration_name(trained.iteration)
+    if topology.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    dist_checkpointing.save(_sharded_state(trained, topology, is_loading=False), str(directory), strategy)
+    if topology.rank == 0:
+        info = {
+            "format_version": FORMAT_VERSION,
+            "spec": config.adapter_fields(),
+            "base": {"fingerprint": base.fingerprint, "hf_model_name_or_path": base.hf_model_name_or_path},
+            "iteration": trained.iteration,
+            "num_layers": num_layers,
+        }
+        (directory / ADAPTER_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        save_config(config, directory / "config.yaml")
+        (save / TRACKER_FILE).write_text(f"{trained.iteration}\n", encoding="utf-8")
+    dist.barrier()
+    return directory
+
+
+def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) -> None:
+    """Restore everything of :class:`Trained` in place from the checkpoint that the tracker names.
+
+    Call :func:`check_adapter_matches` first. Missing and unexpected keys are errors.
+
+    Raises:
+        CheckpointError: half-written, or keys or shapes that do not fit.
+    """
+    directory = checkpoint_dir(load)
+    state = _sharded_state(trained, topology, is_loading=True)
+    try:
+        loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
+    except CheckpointingException as error:
+        raise CheckpointError(f"{directory}: does not fit this run ({' '.join(str(error).split())})") from error
+    trained.model.load_state_dict(loaded["model"], strict=False)
+    trained.optimizer.load_state_dict(loaded["optimizer"])
+    trained.scheduler.load_state_dict(loaded["scheduler"])
+    trained.iteration = loaded["progress"]["iteration"]
+    trained.consumed_samples = loaded["progress"]["consumed_samples"]
+
+
+def load_base_weights(directory: Path, model: LlamaModel, topology: Topology) -> None:
+    """Fill the frozen base from a converted base's `iter_*` directory, on any TP x PP.
+
+    Raises:
+        CheckpointError: keys or shapes that do not fit the model.
+    """
+    sharded = model.sharded_state_dict(metadata={"dp_cp_group": topology.dp_group})
+    base = {
+        key: value for key, value in sharded.items() if not is_adapter_key(key) and not key.endswith("_extra_state")
+    }
+    try:
+        loaded = dist_checkpointing.load(base, str(directory))
+    except CheckpointingException as error:
+        raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(error).split())})") from error
+    result = model.load_state_dict(loaded, strict=False)
+    missing = [key for key in result.missing_keys if not is_adapter_key(key) and not key.endswith("_extra_state")]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"{directory}: missing keys {missing}, unexpected keys {result.unexpected_keys}")

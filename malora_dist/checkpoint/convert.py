@@ -1,0 +1,310 @@
+"""Conversions between Hugging Face directories and megatron checkpoints, one layer at a time in memory."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from malora_dist.adapters.spec import MEGATRON_LINEARS, AdapterSpec
+from malora_dist.checkpoint.base import (
+    BASE_LAYOUT,
+    TRACKER_FILE,
+    BaseInfo,
+    checkpoint_dir,
+    copy_hf_files,
+    hf_dir,
+    iteration_name,
+    read_base_info,
+    staged_directory,
+    write_base_info,
+)
+from malora_dist.checkpoint.tensor_files import Fingerprint, HfWeights, TensorChunk, TorchDistReader, write_torch_dist
+from malora_dist.errors import CheckpointError
+from malora_dist.models.hf_config import read_llama_config
+from malora_dist.models.hf_conversion import (
+    EMBEDDING_KEY,
+    OUTPUT_KEY,
+    Chunk,
+    check_coverage,
+    conversion_map,
+    extra_state_keys,
+    redundant_keys,
+)
+from malora_dist.parallel.device import expected_import_warnings
+
+DEFAULT_SHARD_BYTES = 4 * 10**9
+
+
+def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
+    """Convert a Hugging Face Llama into a base that trains on any layout; dtypes and bits are kept.
+
+    Everything is written beside `megatron_path` and renamed at the end, so that a conversion that
+    was stopped leaves nothing under that name. An earlier conversion there is replaced.
+
+    Raises:
+        CheckpointError: not a supported Llama, a tensor that is unknown, missing or of the wrong
+            shape, or a `megatron_path` that holds something else.
+    """
+    hf_model = Path(hf_model)
+    config, weights = _open_hf(hf_model)
+    chunks = conversion_map(config)
+    _check_one_dtype_per_stack(hf_model, weights, chunks)
+    fingerprint = Fingerprint()
+
+    def load(chunk: Chunk) -> Tensor:
+        tensors = {key: weights.read(key) for key in chunk.hf_shapes}
+        for key, tensor in tensors.items():
+            fingerprint.add(key, tensor)
+        return chunk.fuse(tensors)
+
+    def stored(chunk: Chunk) -> TensorChunk:
+        dtype = weights.dtypes[next(iter(chunk.hf_shapes))]
+        return TensorChunk(
+            chunk.key, dtype, chunk.global_shape, chunk.offset, chunk.shape, functools.partial(load, chunk)
+        )
+
+    by_layer = [[stored(c) for c in group] for _, group in itertools.groupby(chunks, key=lambda c: c.layer)]
+    with staged_directory(megatron_path, BASE_LAYOUT) as staging:
+        iteration_dir = staging / iteration_name(0)
+        progress = functools.partial(tqdm, desc="import", unit="layer", disable=None)
+        write_torch_dist(iteration_dir, by_layer, extra_state_keys(config.num_hidden_layers), progress)
+        _write_megatron_files(iteration_dir)
+        copy_hf_files(hf_model, hf_dir(staging))
+        sizes = Counter[str]()
+        for key in _needed_keys(chunks):
+            sizes[str(weights.dtypes[key]).removeprefix("torch.")] += torch.Size(weights.shapes[key]).numel()
+        info = BaseInfo(
+            fingerprint=fingerprint.hexdigest(),
+            hf_model_name_or_path=str(hf_model.resolve()),
+            dtype=sizes.most_common(1)[0][0],
+            num_parameters=sizes.total(),
+        )
+        write_base_info(staging, info)
+        (staging / TRACKER_FILE).write_text("0\n", encoding="utf-8")
+    return info
+
+
+def export_hf(megatron_path: Path, hf_path: Path, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> int:
+    """Write a converted base as a Hugging Face directory, bit for bit what was imported.
+
+    Peak memory is one file of `max_shard_bytes` plus one layer's largest weight.
+
+    Returns:
+        The number of tensors written.
+
+    Raises:
+        CheckpointError: not a whole converted base, its weights are not those that were imported,
+            or `hf_path` is not empty.
+    """
+    info = read_base_info(megatron_path)
+    config = read_llama_config(hf_dir(megatron_path))
+    reader = TorchDistReader(checkpoint_dir(megatron_path))
+    chunks = conversion_map(config)
+    _check_stored_tensors(megatron_path, reader, chunks)
+    shards = list(_split_into_shards(chunks, reader, max_shard_bytes))
+    fingerprint = Fingerprint()
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+    with staged_directory(hf_path) as staging, tqdm(total=len(chunks), desc="export", disable=None) as bar:
+        for number, shard in enumerate(shards, start=1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors: dict[str, Tensor] = {}
+            for chunk in shard:
+                tensors |= chunk.split(reader.read(chunk.key, chunk.offset, chunk.shape))
+                bar.update()
+            for key, tensor in tensors.items():
+                fingerprint.add(key, tensor)
+                weight_map[key] = name
+                total_bytes += tensor.nbytes
+            save_file(tensors, staging / name, metadata={"format": "pt"})
+        if fingerprint.hexdigest() != info.fingerprint:
+            raise CheckpointError(f"{megatron_path}: its weights have changed since the import; import the model again")
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        copy_hf_files(hf_dir(megatron_path), staging)
+    return len(weight_map)
+
+
+def roundtrip(
+    hf_model: Path,
+    megatron_path: Path | None = None,
+    hf_path: Path | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> int:
+    """Import, export and compare every tensor bit by bit; directories not named are temporary.
+
+    Returns:
+        The number of tensors compared, all equal.
+
+    Raises:
+        CheckpointError: naming the first tensor that differs.
+    """
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="malora-roundtrip-")))
+        megatron_path, hf_path = megatron_path or scratch / "megatron", hf_path or scratch / "hf"
+        import_hf(hf_model, megatron_path)
+        export_hf(megatron_path, hf_path, max_shard_bytes)
+        config, before = _open_hf(hf_model)
+        after = HfWeights(hf_path)
+        # import_hf has checked that what is left out here carries nothing of its own.
+        expected = before.shapes.keys() - set(redundant_keys(config, before.shapes))
+        for key in sorted(expected ^ after.shapes.keys()):
+            raise CheckpointError(f"{hf_path}: tensor {key!r} is on one side only; report this as a bug")
+        for key in tqdm(sorted(expected), desc="compare", unit="tensor", disable=None):
+            if not _bits_equal(before.read(key), after.read(key)):
+                raise CheckpointError(f"{hf_path}: tensor {key!r} differs from {hf_model}; report this as a bug")
+        return len(expected)
+
+
+def fingerprint_hf(hf_model: Path) -> str:
+    """Fingerprint of a Hugging Face Llama, the one that `import_hf` stores.
+
+    Raises:
+        CheckpointError: as `import_hf`.
+    """
+    config, weights = _open_hf(Path(hf_model))
+    fingerprint = Fingerprint()
+    for key in tqdm(_needed_keys(conversion_map(config)), desc="fingerprint", unit="tensor", disable=None):
+        fingerprint.add(key, weights.read(key))
+    return fingerprint.hexdigest()
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """The full tensors of an adapter checkpoint.
+
+    Attributes:
+        tensors: {(0-based layer, Hugging Face projection, parameter name): tensor}, shapes as
+            ``AdapterSpec.parameter_shape``.
+    """
+
+    spec: AdapterSpec
+    tensors: Mapping[tuple[int, str, str], Tensor]
+    base_model_name_or_path: str
+    base_fingerprint: str
+    iteration: int
+
+
+def read_adapter_weights(save_dir: Path) -> AdapterWeights:
+    """Read the newest adapter checkpoint of a training run, whatever layout wrote it.
+
+    Raises:
+        CheckpointError: not an adapter checkpoint, half-written, or its tensors are not those of
+            the adapter it describes.
+    """
+    with expected_import_warnings():  # imports megatron, which the other conversions do without
+        from malora_dist.checkpoint.adapter import read_adapter_info
+    directory = checkpoint_dir(save_dir)
+    info = read_adapter_info(directory)
+    spec = info.spec
+    reader = TorchDistReader(directory)
+    expected = {_adapter_key(p, name): (p, name) for p in spec.projections for name in spec.parameter_names}
+    found = {key for key in reader.tensors if key.startswith("decoder.")}
+    for key in sorted(found ^ expected.keys()):
+        fault = "is not part of the adapter it describes" if key in found else "is missing"
+        raise CheckpointError(f"{directory}: tensor {key!r} {fault}; use a checkpoint that training wrote")
+    tensors: dict[tuple[int, str, str], Tensor] = {}
+    for key, (projection, name) in expected.items():
+        stacked = reader.read(key)
+        if stacked.shape[0] != info.num_layers:
+            raise CheckpointError(
+                f"{directory}: tensor {key!r} has {stacked.shape[0]} layers, adapter.json says {info.num_layers}; "
+                "use a checkpoint that training wrote"
+            )
+        tensors |= {(layer, projection, name): tensor for layer, tensor in enumerate(stacked)}
+    return AdapterWeights(spec, tensors, info.base_name_or_path, info.base_fingerprint, info.iteration)
+
+
+def _write_megatron_files(directory: Path) -> None:
+    """What megatron's `torch_dist` strategy wants beside the tensors; importing megatron for it would take seconds."""
+    torch.save({}, directory / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    backends |= {"common_backend": "torch", "common_backend_version": 1}
+    (directory / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
+
+
+def _adapter_key(projection: str, name: str) -> str:
+    """Where megatron keeps one parameter of all layers' adapters on one projection."""
+    linear = next(linear for linear, fused in MEGATRON_LINEARS.items() if projection in fused)
+    block = "mlp" if linear.startswith("linear_fc") else "self_attention"
+    return f"decoder.layers.{block}.{linear}.adapters.{projection}.{name}"
+
+
+def _open_hf(hf_model: Path) -> tuple[LlamaConfig, HfWeights]:
+    """Config and weights of a Hugging Face Llama that can be converted without loss."""
+    config = read_llama_config(hf_model)
+    weights = HfWeights(hf_model)
+    check_coverage(hf_model, config, weights.shapes)
+    if (
+        config.tie_word_embeddings
+        and OUTPUT_KEY in weights.shapes
+        and not _bits_equal(weights.read(OUTPUT_KEY), weights.read(EMBEDDING_KEY))
+    ):
+        raise CheckpointError(
+            f"{hf_model}: tensor {OUTPUT_KEY!r} differs from {EMBEDDING_KEY!r}, but config.json has "
+            "tie_word_embeddings=True; set it to false"
+        )
+    return config, weights
+
+
+def _check_one_dtype_per_stack(hf_model: Path, weights: HfWeights, chunks: Iterable[Chunk]) -> None:
+    """Tensors that megatron keeps in one must have one dtype, or some would lose bits."""
+    first: dict[str, str] = {}
+    for chunk in chunks:
+        for key in chunk.hf_shapes:
+            other = first.setdefault(chunk.key, key)
+            if weights.dtypes[key] != weights.dtypes[other]:
+                raise CheckpointError(
+                    f"{hf_model}: tensor {key!r} is {weights.dtypes[key]}, but {other!r}, which megatron keeps "
+                    f"in the same tensor, is {weights.dtypes[other]}; save the model in one dtype"
+                )
+
+
+def _check_stored_tensors(megatron_path: Path, reader: TorchDistReader, chunks: Iterable[Chunk]) -> None:
+    """The base holds the tensors of its config, no more and no less."""
+    expected = {chunk.key: chunk.global_shape for chunk in chunks}
+    stored = {key: tuple(metadata.size) for key, metadata in reader.tensors.items()}
+    for key in sorted(expected.keys() | stored.keys()):
+        if expected.get(key) != stored.get(key):
+            raise CheckpointError(
+                f"{megatron_path}: tensor {key!r} is {stored.get(key, 'missing')}, but by hf/config.json must be "
+                f"{expected.get(key, 'absent')}; import the model again"
+            )
+
+
+def _split_into_shards(chunks: Iterable[Chunk], reader: TorchDistReader, max_bytes: int) -> Iterator[list[Chunk]]:
+    """Consecutive chunks of at most `max_bytes` together; a larger one stands alone."""
+    shard: list[Chunk] = []
+    size = 0
+    for chunk in chunks:
+        nbytes = torch.Size(chunk.shape).numel() * reader.tensors[chunk.key].properties.dtype.itemsize
+        if shard and size + nbytes > max_bytes:
+            yield shard
+            shard, size = [], 0
+        shard.append(chunk)
+        size += nbytes
+    yield shard
+
+
+def _needed_keys(chunks: Iterable[Chunk]) -> list[str]:
+    return [key for chunk in chunks for key in chunk.hf_shapes]
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Same dtype, shape and bits; NaN equals itself."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -1,0 +1,318 @@
+"""The configuration of a training run: dataclasses, YAML + ``key=value`` overrides, all checks.
+
+Keys are flat and named as in Megatron-LM, ms-swift and PEFT. The groups below are the sections of
+the table of config keys in docs/config.md, which is generated from these dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.errors import ConfigError
+
+DISPATCHERS = ("auto", "local", "all_to_all", "fastmoe")
+DATA_FORMATS = ("auto", "alpaca", "gsm8k", "completion", "messages")
+LR_DECAY_STYLES = ("constant", "linear", "cosine")
+
+
+def _key(default: Any, help_text: str) -> Any:
+    """A config field with its help text; a list default becomes a factory."""
+    metadata = {"help": help_text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TaskConfig:
+    """One named task: its files and its share of the training mixture."""
+
+    name: str = _key("", "task name in logs and tables; default: the file's stem")
+    path: str = _key("", "a local .json/.jsonl file, or a hub data set name")
+    validation_path: str = _key("", "file of the validation split; default: validation_samples held out of path")
+    weight: float = _key(1.0, "mixing weight, relative to the other tasks")
+    format: str = _key("auto", "`auto`, `alpaca`, `gsm8k`, `completion` or `messages`; auto reads it off the columns")
+    split: str = _key("train", "split of a hub data set")
+    prompt_template: str = _key("", "Python format string over the record's columns; replaces the format's prompt")
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base."""
+
+    pretrained_checkpoint: str = _key("", "base model, as written by `tools/convert_hf.py import`")
+    bf16: bool = _key(False, "hold the frozen base and compute in bfloat16; adapters and optimizer stay float32")
+
+
+@dataclass
+class ParallelConfig:
+    """Layout. TP * PP * DP is the world size; EP divides DP."""
+
+    tensor_model_parallel_size: int = _key(1, "TP; above 1 needs sequence_parallel")
+    pipeline_model_parallel_size: int = _key(1, "PP, number of pipeline stages")
+    expert_model_parallel_size: int = _key(1, "EP, ranks that share the experts; divides DP and num_lora_experts")
+    sequence_parallel: bool = _key(False, "shard activations over the sequence between TP regions")
+    dispatch: str = _key("auto", "`auto` (local at EP=1, else all_to_all), `local`, `all_to_all` or `fastmoe`")
+    device: str = _key("auto", "`auto`, `cpu` (gloo) or `cuda` (nccl)")
+    distributed_timeout_minutes: int = _key(10, "collectives that wait longer abort the run")
+
+
+@dataclass
+class DataConfig:
+    """Tasks and how their samples become sequences."""
+
+    data: list[TaskConfig] = _key([], "list of tasks, see the task keys")
+    seq_length: int = _key(512, "longest sequence in tokens, prompt and answer together")
+    overlong: str = _key("truncate", "samples above seq_length: `truncate` the prompt's start, `drop`, or `error`")
+    validation_samples: int = _key(64, "samples held out per task that names no validation_path; 0: none")
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation, evaluation, checkpoints and logging."""
+
+    train_iters: int = _key(1000, "optimizer steps")
+    micro_batch_size: int = _key(1, "sequences per rank and forward pass")
+    global_batch_size: int = _key(8, "sequences per optimizer step, over all ranks")
+    lr: float = _key(3e-4, "peak learning rate")
+    min_lr: float = _key(0.0, "learning rate at the end of the decay")
+    lr_decay_style: str = _key("cosine", "`constant`, `linear` or `cosine`")
+    lr_warmup_iters: int = _key(0, "steps of linear warm-up")
+    weight_decay: float = _key(0.0, "AdamW's decoupled weight decay")
+    adam_beta1: float = _key(0.9, "AdamW's beta1")
+    adam_beta2: float = _key(0.999, "AdamW's beta2")
+    adam_eps: float = _key(1e-8, "AdamW's epsilon")
+    clip_grad: float = _key(1.0, "clip the global gradient norm to this; 0: off")
+    seed: int = _key(1234, "seeds start values, data order and dropout")
+    eval_interval: int = _key(100, "steps between evaluations; 0: only at the end")
+    eval_iters: int = _key(8, "microbatches per task and evaluation, over all data-parallel ranks; 0: no evaluation")
+    log_interval: int = _key(10, "steps between log lines")
+    save: str = _key("", "directory for adapter checkpoints; empty: save nothing")
+    load: str = _key("", "directory of adapter checkpoints to resume from")
+    save_interval: int = _key(0, "steps between checkpoints; 0: only at the end")
+    exit_interval: int = _key(0, "stop (and save) after this step; 0: run all train_iters")
+    tensorboard_dir: str = _key("", "TensorBoard log directory; default: save/tensorboard")
+
+
+@dataclass
+class Config(AdapterSpec, ModelConfig, ParallelConfig, DataConfig, TrainConfig):
+    """Everything one run needs; flat, so that ``lr=1e-3`` on the command line is enough."""
+
+    def validate(self, world_size: int) -> None:
+        """Check every field and every pair of fields that must agree.
+
+        Raises:
+            ConfigError: the first violated rule.
+        """
+        self.validate_adapter()
+        _check_layout(self, world_size)
+        _check_data(self)
+        _check_training(self)
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """DP = world size / (TP * PP)."""
+        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size)
+
+
+#: Sections of the generated table of config keys, in order.
+SECTIONS: tuple[type, ...] = (ModelConfig, AdapterSpec, ParallelConfig, DataConfig, TaskConfig, TrainConfig)
+
+
+def _check_layout(c: Config, world_size: int) -> None:
+    tp, pp, ep = c.tensor_model_parallel_size, c.pipeline_model_parallel_size, c.expert_model_parallel_size
+    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if getattr(c, key) < 1:
+            raise ConfigError(key, getattr(c, key), "must be at least 1", "set 1 to switch it off")
+    if world_size % (tp * pp):
+        raise ConfigError(
+            "tensor_model_parallel_size",
+            tp,
+            f"times pipeline_model_parallel_size={pp} must divide the world size {world_size}",
+            f"start a multiple of {tp * pp} processes or lower one of the two",
+        )
+    dp = c.data_parallel_size(world_size)
+    if dp % ep:
+        raise ConfigError(
+            "expert_model_parallel_size",
+            ep,
+            f"must divide the data-parallel size {dp} (world size {world_size} / TP {tp} / PP {pp})",
+            f"start {ep * tp * pp} processes or a multiple, or lower it",
+        )
+    if c.num_experts % ep:
+        if not c.is_mixture:
+            raise ConfigError(
+                "expert_model_parallel_size",
+                ep,
+                f"method={c.method} has one expert and cannot be sharded",
+                "set it to 1 (the ranks then work data-parallel)",
+            )
+        raise ConfigError(
+            "num_lora_experts",
+            c.num_lora_experts,
+            f"must be divisible by expert_model_parallel_size={ep}",
+            "change one of the two",
+        )
+    if tp > 1 and not c.sequence_parallel:
+        raise ConfigError(
+            "sequence_parallel",
+            False,
+            f"must be true with tensor_model_parallel_size={tp}, as in megatron's own MoE",
+            "set sequence_parallel=true",
+        )
+    if tp == 1 and c.sequence_parallel:
+        raise ConfigError(
+            "sequence_parallel", True, "needs tensor_model_parallel_size above 1", "set sequence_parallel=false"
+        )
+    if c.dispatch not in DISPATCHERS:
+        raise ConfigError("dispatch", c.dispatch, f"must be one of {', '.join(DISPATCHERS)}", "choose one of them")
+    if c.dispatch == "local" and ep > 1:
+        raise ConfigError(
+            "dispatch",
+            "local",
+            f"keeps tokens on their rank, but expert_model_parallel_size={ep}",
+            "use dispatch=all_to_all",
+        )
+    if c.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError("device", c.device, "must be auto, cpu or cuda", "choose one of them")
+    if c.micro_batch_size < 1:
+        raise ConfigError("micro_batch_size", c.micro_batch_size, "must be at least 1", "raise it")
+    if c.global_batch_size < 1 or c.global_batch_size % (c.micro_batch_size * dp):
+        raise ConfigError(
+            "global_batch_size",
+            c.global_batch_size,
+            f"must be a positive multiple of micro_batch_size={c.micro_batch_size} times the data-parallel size {dp}",
+            f"a multiple of {c.micro_batch_size * dp} works",
+        )
+
+
+def _check_data(c: Config) -> None:
+    if not c.pretrained_checkpoint:
+        raise ConfigError(
+            "pretrained_checkpoint", "", "is required", "make one with `python tools/convert_hf.py import`"
+        )
+    if not c.data:
+        raise ConfigError("data", [], "needs at least one task", "add `data: [{path: FILE}]`")
+    for i, task in enumerate(c.data):
+        if not task.path:
+            raise ConfigError(f"data[{i}].path", "", "is required", "name a .json/.jsonl file or a hub data set")
+        if not task.weight > 0:
+            raise ConfigError(f"data[{i}].weight", task.weight, "must be positive", "remove the task to leave it out")
+        if task.format not in DATA_FORMATS:
+            raise ConfigError(
+                f"data[{i}].format", task.format, f"must be one of {', '.join(DATA_FORMATS)}", "choose one of them"
+            )
+        task.name = task.name or Path(task.path).stem
+    names = [t.name for t in c.data]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ConfigError(f"data[{i}].name", name, "is already used by another task", "give each task its own name")
+    if c.overlong not in ("truncate", "drop", "error"):
+        raise ConfigError("overlong", c.overlong, "must be truncate, drop or error", "choose one of them")
+    if c.seq_length < 2:
+        raise ConfigError("seq_length", c.seq_length, "must be at least 2", "raise it")
+    if c.validation_samples < 0:
+        raise ConfigError("validation_samples", c.validation_samples, "must not be negative", "set 0 for none")
+
+
+def _check_training(c: Config) -> None:
+    if c.lr_decay_style not in LR_DECAY_STYLES:
+        raise ConfigError(
+            "lr_decay_style", c.lr_decay_style, f"must be one of {', '.join(LR_DECAY_STYLES)}", "choose one of them"
+        )
+    if not (c.lr > 0 and math.isfinite(c.lr)):
+        raise ConfigError("lr", c.lr, "must be positive and finite", "3e-4 is a usual value")
+    if not 0 <= c.min_lr <= c.lr:
+        raise ConfigError("min_lr", c.min_lr, f"must lie in [0, lr={c.lr}]", "lower it")
+    for key in ("train_iters", "log_interval"):
+        if getattr(c, key) < 1:
+            raise ConfigError(key, getattr(c, key), "must be at least 1", "raise it")
+    for key in (
+        "lr_warmup_iters",
+        "eval_interval",
+        "eval_iters",
+        "save_interval",
+        "exit_interval",
+        "clip_grad",
+        "weight_decay",
+    ):
+        if getattr(c, key) < 0:
+            raise ConfigError(key, getattr(c, key), "must not be negative", "set 0 to switch it off")
+    if c.lr_warmup_iters >= c.train_iters:
+        raise ConfigError(
+            "lr_warmup_iters", c.lr_warmup_iters, f"must be below train_iters={c.train_iters}", "lower it"
+        )
+    if c.save_interval and not c.save:
+        raise ConfigError("save_interval", c.save_interval, "has no effect without save", "set save=DIR")
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply ``key=value`` overrides (OmegaConf's dot list).
+
+    Relative paths in the file and on the command line are taken as they are, from the working
+    directory.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type.
+    """
+    schema = OmegaConf.structured(Config)
+    layers = [schema]
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise ConfigError("--config", str(path), "is not a file", "name a YAML file, for example one of configs/")
+        try:
+            loaded = OmegaConf.load(file)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                "--config", str(path), f"is not valid YAML ({_first_line(error)})", "mend the file"
+            ) from error
+        layers.append(loaded)
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError("command line", item, "is not of the form key=value", "write for example lr=1e-3")
+    try:
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.to_object(OmegaConf.merge(*layers))
+    except ConfigKeyError as error:
+        known = sorted({f.name for section in SECTIONS for f in dataclasses.fields(section)})
+        wrong = (error.full_key or "?").split(".")[-1]
+        close = difflib.get_close_matches(wrong, known, n=1)
+        cure = f"did you mean {close[0]}?" if close else "docs/config.md lists them all"
+        value = _value_at(layers, error.full_key)
+        raise ConfigError(error.full_key or "?", value, "is not a config key", cure) from error
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        key = getattr(error, "full_key", None) or "?"
+        raise ConfigError(
+            key, _value_at(layers, key), _first_line(error).rstrip("."), "give a value of that type"
+        ) from error
+    assert isinstance(merged, Config)
+    return merged
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _value_at(layers: list[Any], key: str | None) -> Any:
+    """The offending value, for the error message: the last layer that has the key."""
+    for layer in reversed(layers[1:]):
+        value = OmegaConf.select(layer, key, default=None) if key and key != "?" else None
+        if value is not None:
+            return value
+    return None

@@ -1,0 +1,109 @@
+"""Dispatch through FastMoE's own scatter and gather; the only file that imports fmoe.
+
+FastMoE is built from source (https://github.com/laekov/fastmoe, not on PyPI) and runs on CUDA
+tensors only. One row per (token, expert) travels, in expert-major order on arrival; the gates stay
+at home and weigh the rows on return. Each direction has its own width: Z out, M back. What has and
+has not run on real fmoe stands in docs/fastmoe.md. Shape suffixes as in base.py, and: W = rows of
+this rank's experts, one per (token, expert).
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from malora_dist.adapters.maths import Routing
+from malora_dist.dispatch.base import DispatchedTokens
+from malora_dist.errors import BackendUnavailableError
+
+_CURE = "use dispatch=all_to_all, which computes the same"
+
+
+class _Handle(NamedTuple):
+    pos: Tensor
+    local_expert_count: Tensor
+    global_expert_count: Tensor
+    gates_TK: Tensor
+
+
+def load_fmoe_functions(device: torch.device, num_ranks: int) -> ModuleType:
+    """``fmoe.functions``, if it can run on ``device``.
+
+    Importable is not usable: on CPU tensors fmoe ends the process, and a build without NCCL has
+    no global_scatter.
+
+    Raises:
+        BackendUnavailableError: no CUDA device, no fmoe, or fmoe built without NCCL.
+    """
+    if device.type != "cuda":
+        raise BackendUnavailableError(
+            f"dispatch='fastmoe': fmoe works on CUDA tensors only, not on {device.type}; {_CURE}"
+        )
+    try:
+        functions = importlib.import_module("fmoe.functions")
+        kernels = importlib.import_module("fmoe_cuda")
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"dispatch='fastmoe': fmoe cannot be imported ({error}); build it from source (not on PyPI), or {_CURE}"
+        ) from error
+    if num_ranks > 1 and not hasattr(kernels, "global_scatter"):
+        raise BackendUnavailableError(
+            f"dispatch='fastmoe': this fmoe was built without NCCL; rebuild it with USE_NCCL=1, or {_CURE}"
+        )
+    return functions
+
+
+class FastMoEDispatcher:
+    """Dispatch by fmoe's MOEScatter and MOEGather.
+
+    fmoe keeps one communicator per device for the life of the process: one expert-parallel group
+    can use it.
+
+    Args:
+        functions: ``fmoe.functions``; None: the installed one (see :func:`load_fmoe_functions`).
+    """
+
+    name = "fastmoe"
+
+    def __init__(
+        self, num_experts: int, group: ProcessGroup, device: torch.device, functions: Any | None = None
+    ) -> None:
+        self._group = group
+        self._ranks = group.size()
+        self._experts_per_rank = num_experts // self._ranks
+        self._fmoe = load_fmoe_functions(device, self._ranks) if functions is None else functions
+
+    def dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
+        if self._ranks > 1:
+            self._fmoe.ensure_comm(z_TZ, self._group)
+        pos, local_count, global_count, expert_count, num_rows = self._fmoe.prepare_forward(
+            routing.experts_TK.contiguous(), self._experts_per_rank, self._ranks
+        )
+        topk = routing.experts_TK.shape[-1]
+        token_of_pos = pos.div(topk, rounding_mode="floor")
+        rows_WZ = self._fmoe.MOEScatter.apply(
+            z_TZ.contiguous(), token_of_pos, local_count, global_count, num_rows, self._ranks
+        )
+        expert_of_row_W = torch.arange(self._experts_per_rank).repeat_interleave(expert_count.cpu())
+        gates_WE = F.one_hot(expert_of_row_W, self._experts_per_rank).to(rows_WZ)
+        return DispatchedTokens(rows_WZ, gates_WE, _Handle(pos, local_count, global_count, routing.gates_TK))
+
+    def combine(self, y_WM: Tensor, tokens: DispatchedTokens) -> Tensor:
+        handle: _Handle = tokens.handle
+        num_tokens, topk = handle.gates_TK.shape
+        slots = self._fmoe.MOEGather.apply(
+            y_WM.contiguous(),
+            handle.pos,
+            handle.local_expert_count,
+            handle.global_expert_count,
+            num_tokens * topk,
+            self._ranks,
+        )
+        slots_TKM = slots.view(num_tokens, topk, -1)
+        return (slots_TKM * handle.gates_TK.to(slots.dtype).unsqueeze(-1)).sum(dim=1)

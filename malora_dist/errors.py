@@ -1,0 +1,69 @@
+"""Errors a user can act on: each names what is wrong, its value, the rule and the cure.
+
+Entry points turn them into one line on stderr and exit code 2 (:func:`exit_on_user_error`).
+Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+
+EXIT_CODE = 2
+
+
+class MaloraError(ValueError):
+    """Base of all errors caused by the user's input rather than by a bug."""
+
+
+class ConfigError(MaloraError):
+    """A config key holds a value that cannot work.
+
+    Args:
+        key: the config key, as written in YAML or on the command line.
+        value: the value found there.
+        rule: what the value has to satisfy.
+        cure: what the user can do about it.
+    """
+
+    def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
+        self.key = key
+        super().__init__(f"{key}={value!r}: {rule}; {cure}")
+
+
+class DataError(MaloraError):
+    """A data file cannot be used; the message starts with ``file:line`` where a line is known."""
+
+
+class CheckpointError(MaloraError):
+    """A checkpoint or model directory is missing, incomplete, or belongs to something else."""
+
+
+class BackendUnavailableError(MaloraError):
+    """A backend asked for cannot run on this machine; the message names one that can."""
+
+
+def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap an entry point: a :class:`MaloraError` becomes one stderr line and exit code 2.
+
+    Under torchrun every rank meets the same error. Rank 0 reports it; the others wait a moment
+    for torchrun to stop them, and speak only if they are still alive, so that an error seen by
+    one rank alone is never lost.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except MaloraError as error:
+            rank = int(os.environ.get("RANK", "0"))
+            if rank != 0:
+                time.sleep(3.0)
+            prefix = f"[rank {rank}] " if rank != 0 else ""
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_CODE)
+
+    return wrapped

@@ -1,0 +1,1 @@
+"""Llama on megatron-core with adapters, and its conversion to and from Hugging Face."""

@@ -1,0 +1,173 @@
+"""The map between Hugging Face's Llama tensors and megatron-core's GPTModel checkpoint.
+
+A megatron `torch_dist` checkpoint stacks the layers: one tensor per kind of weight with the layer
+axis in front. One :class:`Chunk` is what one layer (or the model itself) contributes to one such
+tensor, and which Hugging Face tensors are fused into it:
+
+========================  =============================================================
+``linear_qkv``            rows interleaved by query group: [q heads of the group | k | v]
+``linear_fc1``            gate rows, then up rows
+everything else           one Hugging Face tensor, unchanged
+========================  =============================================================
+
+Keys and shapes are those of ``GPTModel.sharded_state_dict()`` with equal layers; they do not
+depend on the parallel layout. Tied embeddings are stored once: both ends of the model load
+``embedding.word_embeddings.weight``.
+
+Nothing here reads or writes files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from malora_dist.adapters.spec import MEGATRON_LINEARS
+from malora_dist.errors import CheckpointError
+
+EMBEDDING_KEY = "model.embed_tokens.weight"
+OUTPUT_KEY = "lm_head.weight"
+
+#: Buffers that old versions of transformers saved although they follow from the config.
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+class _Row(NamedTuple):
+    """One line of the map. Widths: h hidden, q all query heads, k all key (or value) heads, f MLP, v vocabulary."""
+
+    megatron: str
+    hf: dict[str, str]  # {name: widths of its axes}, in fused order
+    by_query_group: bool = False
+
+
+_MODEL_ROWS = (
+    _Row("embedding.word_embeddings.weight", {EMBEDDING_KEY: "vh"}),
+    _Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
+    _Row("output_layer.weight", {OUTPUT_KEY: "vh"}),
+)
+_LAYER_ROWS = (
+    _Row("input_layernorm.weight", {"input_layernorm.weight": "h"}),
+    _Row(
+        "self_attention.linear_qkv.weight",
+        {"self_attn.q_proj.weight": "qh", "self_attn.k_proj.weight": "kh", "self_attn.v_proj.weight": "kh"},
+        by_query_group=True,
+    ),
+    _Row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hq"}),
+    _Row("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "h"}),
+    _Row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"}),
+    _Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hf"}),
+)
+#: Objects (empty without fp8) that megatron's linears ask for beside their weights, one per layer.
+_EXTRA_STATES = tuple(
+    f"decoder.layers.{'mlp' if linear.startswith('linear_fc') else 'self_attention'}.{linear}._extra_state"
+    for linear in MEGATRON_LINEARS
+)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one layer, or the model itself, keeps in one tensor of the megatron checkpoint."""
+
+    key: str
+    layer: int | None  # None for a tensor without a layer axis
+    num_layers: int
+    hf_shapes: Mapping[str, tuple[int, ...]]  # {full Hugging Face key: shape}, in fused order
+    groups: int  # how many runs of rows the fused tensors are interleaved in
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the chunk, with a layer axis of length 1 in front where there is one."""
+        shapes = list(self.hf_shapes.values())
+        fused = (sum(s[0] for s in shapes), *shapes[0][1:])
+        return fused if self.layer is None else (1, *fused)
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the whole stacked tensor."""
+        return self.shape if self.layer is None else (self.num_layers, *self.shape[1:])
+
+    @property
+    def offset(self) -> tuple[int, ...]:
+        """Where the chunk lies in the stacked tensor."""
+        return (self.layer or 0, *(0 for _ in self.shape[1:]))
+
+    def fuse(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The chunk, from the Hugging Face tensors named in `hf_shapes`; dtype and bits are kept."""
+        parts = [tensors[key].unflatten(0, (self.groups, -1)) for key in self.hf_shapes]
+        return torch.cat(parts, dim=1).reshape(self.shape)
+
+    def split(self, chunk: Tensor) -> dict[str, Tensor]:
+        """Inverse of :meth:`fuse`: contiguous tensors that share no memory."""
+        rows = [shape[0] // self.groups for shape in self.hf_shapes.values()]
+        fused = chunk if self.layer is None else chunk[0]
+        parts = fused.unflatten(0, (self.groups, -1)).split(rows, dim=1)
+        return {
+            key: part.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+            for key, part in zip(self.hf_shapes, parts, strict=True)
+        }
+
+
+def conversion_map(config: LlamaConfig) -> list[Chunk]:
+    """All chunks of a model: the model's own first, then layer by layer."""
+    groups, head_dim = config.num_key_value_heads, config.head_dim
+    assert groups is not None, "LlamaConfig fills it in"
+    assert head_dim is not None, "LlamaConfig fills it in"
+    widths = {
+        "h": config.hidden_size,
+        "q": config.num_attention_heads * head_dim,
+        "k": groups * head_dim,
+        "f": config.intermediate_size,
+        "v": config.vocab_size,
+    }
+
+    def chunk(row: _Row, layer: int | None) -> Chunk:
+        megatron, hf = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
+        return Chunk(
+            key=megatron + row.megatron,
+            layer=layer,
+            num_layers=config.num_hidden_layers,
+            hf_shapes={hf + name: tuple(widths[axis] for axis in axes) for name, axes in row.hf.items()},
+            groups=groups if row.by_query_group else 1,
+        )
+
+    model = [chunk(row, None) for row in _MODEL_ROWS if not (config.tie_word_embeddings and OUTPUT_KEY in row.hf)]
+    return model + [chunk(row, i) for i in range(config.num_hidden_layers) for row in _LAYER_ROWS]
+
+
+def extra_state_keys(num_layers: int) -> list[str]:
+    """Unique keys of the empty objects that megatron's linears load beside their weights."""
+    return [f"{key}/shard_{i}_{num_layers}" for i in range(num_layers) for key in _EXTRA_STATES]
+
+
+def redundant_keys(config: LlamaConfig, keys: Mapping[str, object]) -> list[str]:
+    """Keys that carry nothing of their own: rotary buffers and, with tied embeddings, the output layer's copy."""
+    return [k for k in keys if _DERIVED.fullmatch(k) or (k == OUTPUT_KEY and config.tie_word_embeddings)]
+
+
+def check_coverage(source: object, config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor of a Hugging Face model is converted, and every one needed is there.
+
+    Args:
+        source: what to name in errors, the model's directory.
+        shapes: {Hugging Face key: shape} of all tensors in the model's files.
+
+    Raises:
+        CheckpointError: naming the first unknown key, missing key or wrong shape.
+    """
+    expected = {key: shape for chunk in conversion_map(config) for key, shape in chunk.hf_shapes.items()}
+    for key in sorted(shapes.keys() - expected.keys() - set(redundant_keys(config, shapes))):
+        raise CheckpointError(f"{source}: tensor {key!r} is not part of a Llama and would be lost; remove it")
+    for key, shape in expected.items():
+        if key not in shapes:
+            raise CheckpointError(f"{source}: tensor {key!r} of shape {list(shape)} is missing; complete the model")
+        if tuple(shapes[key]) != shape:
+            raise CheckpointError(
+                f"{source}: tensor {key!r} has shape {list(shapes[key])}, but config.json gives {list(shape)}; "
+                "use the config.json that belongs to the weights"
+            )

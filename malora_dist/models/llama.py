@@ -1,0 +1,267 @@
+"""Llama on megatron-core: configuration, the ModuleSpec with adapters in it, freezing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+from transformers import LlamaConfig
+
+from malora_dist.adapters.spec import MEGATRON_LINEARS
+from malora_dist.errors import ConfigError
+from malora_dist.models.adapted_linear import (
+    AdaptedColumnParallelLinear,
+    AdaptedRowParallelLinear,
+    AdapterSettings,
+    is_adapter_key,
+)
+from malora_dist.models.hf_config import rope_inv_freq
+from malora_dist.models.routing_context import RoutingContext
+from malora_dist.parallel.topology import Topology
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm under the constructor megatron's specs call; works on sequence shards as it is."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class SdpaAttention(MegatronModule):
+    """Causal attention by torch's scaled_dot_product_attention, on every device.
+
+    megatron passes ``attention_mask`` through; it carries the microbatch's token tasks here (see
+    :class:`LlamaLayer`). Padding is on the right, so the causal mask alone keeps it out.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self._softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads * head_dim]."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self._softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+
+class LlamaLayer(TransformerLayer):
+    """megatron's layer; tells the adapters which tokens it is working on.
+
+    ``attention_mask`` is the only per-microbatch tensor megatron hands to every layer of every
+    pipeline stage and keeps for activation recompute, and causal attention needs none: it
+    carries `token_task` [b, s] (see RoutingContext).
+    """
+
+    def __init__(self, *args: Any, context: RoutingContext, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._routing_context = context
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._routing_context.token_task_BS = kwargs.get("attention_mask")
+        return super().forward(*args, **kwargs)
+
+
+class LlamaModel(GPTModel):
+    """megatron's GPTModel with Llama's RoPE frequencies and a frozen base.
+
+    Args:
+        inv_freq: rotary frequencies [head_dim / 2], float32.
+    """
+
+    def __init__(self, *args: Any, inv_freq: Tensor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rotary = self.rotary_pos_emb
+        assert rotary.inv_freq.shape == inv_freq.shape, "head_dim disagrees with the rotary frequencies"
+        rotary.inv_freq = inv_freq.to(rotary.inv_freq.device)
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Tied copies on two stages need no synchronisation: both are frozen and loaded from the checkpoint."""
+
+
+def transformer_config(hf: LlamaConfig, topology: Topology, sequence_parallel: bool, bf16: bool) -> TransformerConfig:
+    """megatron's TransformerConfig of a Llama.
+
+    expert_model_parallel_size stays out of it: the base is dense, experts live in the adapters.
+
+    Raises:
+        ConfigError: a width that the layout cannot divide.
+    """
+    tp = topology.tp_size
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(hf, key) % tp:
+            raise ConfigError(
+                "tensor_model_parallel_size", tp, f"must divide the base's {key}={getattr(hf, key)}", "lower it"
+            )
+    if hf.num_hidden_layers % topology.pp_size:
+        raise ConfigError(
+            "pipeline_model_parallel_size",
+            topology.pp_size,
+            f"must divide the base's num_hidden_layers={hf.num_hidden_layers}",
+            "choose a divisor",
+        )
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=topology.pp_size,
+        sequence_parallel=sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        variable_seq_lengths=topology.pp_size > 1,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=topology.device.type == "cpu",
+        perform_initialization=False,
+        # Fusions that compile at run time or need NVIDIA extensions; the spec below has none of them.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=topology.device.type == "cuda",
+        cuda_graph_scope=[],
+        moe_token_dispatcher_type="alltoall",  # unused, but the default forbids variable_seq_lengths
+    )
+
+
+def projection_widths(hf: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Full (in_features, out_features) of the seven projections of a layer."""
+    h, f = hf.hidden_size, hf.intermediate_size
+    q, kv = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
+    return {
+        "q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h),
+        "gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h),
+    }  # fmt: skip
+
+
+def _linear(name: str, hf: LlamaConfig, settings: AdapterSettings, layer_number: int) -> type | ModuleSpec:
+    """The class or spec of one of megatron's four linears of a layer."""
+    column = name in ("linear_qkv", "linear_fc1")
+    if not set(MEGATRON_LINEARS[name]) & set(settings.spec.projections):
+        return ColumnParallelLinear if column else RowParallelLinear
+    widths = projection_widths(hf)
+    params: dict[str, Any] = {
+        "settings": settings,
+        "layer_number": layer_number,
+        "widths": {projection: widths[projection] for projection in MEGATRON_LINEARS[name]},
+    }
+    if not column:
+        return ModuleSpec(module=AdaptedRowParallelLinear, params=params)
+    groups = hf.num_key_value_heads if name == "linear_qkv" else 1
+    return ModuleSpec(module=AdaptedColumnParallelLinear, params={**params, "groups": groups})
+
+
+def layer_spec(hf: LlamaConfig, settings: AdapterSettings, layer_number: int) -> ModuleSpec:
+    """ModuleSpec of one layer with its adapters; ``layer_number`` is 0-based in the whole model."""
+    return ModuleSpec(
+        module=LlamaLayer,
+        params={"context": settings.context},
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=_linear("linear_qkv", hf, settings, layer_number),
+                    core_attention=SdpaAttention,
+                    linear_proj=_linear("linear_proj", hf, settings, layer_number),
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=_linear("linear_fc1", hf, settings, layer_number),
+                    linear_fc2=_linear("linear_fc2", hf, settings, layer_number),
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Vocabulary rounded up so that every TP rank gets the same number of rows."""
+    return -(-vocab_size // tp_size) * tp_size
+
+
+def build_llama(
+    hf: LlamaConfig, config: TransformerConfig, settings: AdapterSettings, max_sequence_length: int
+) -> LlamaModel:
+    """This rank's pipeline stage, base frozen, adapters at their start; base weights are not loaded yet."""
+    topology = settings.topology
+    first = get_transformer_layer_offset(config, None, topology.pp_rank)
+    count = get_num_layers_to_build(config, None, topology.pp_rank)
+    specs = [layer_spec(hf, settings, first + i) for i in range(count)]
+    model = LlamaModel(
+        config,
+        TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
+        padded_vocab_size(hf.vocab_size, topology.tp_size),
+        max_sequence_length,
+        pre_process=topology.is_first_stage,
+        post_process=topology.is_last_stage,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        inv_freq=rope_inv_freq(hf),
+    ).to(topology.device)
+    for name, parameter in model.named_parameters():
+        if not is_adapter_key(name):
+            parameter.requires_grad_(False)
+    return model

@@ -1,0 +1,1 @@
+"""Devices, process groups and collectives: everything that knows there is more than one process."""

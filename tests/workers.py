@@ -1,0 +1,106 @@
+"""Processes that stay alive across tests, so that torch and megatron are imported once.
+
+A job is a module-level function of tests/jobs.py. Each run joins a fresh gloo world of the wanted
+size and leaves it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+JOB_TIMEOUT = 240.0
+
+
+def _pack(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _serve(connection: Connection) -> None:
+    """A worker's life: run jobs until the pipe closes."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            name, environment, kwargs = _unpack(connection.recv_bytes())
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            result = ("ok", getattr(importlib.import_module("tests.jobs"), name)(**kwargs))
+        except BaseException:  # noqa: BLE001  whatever it is, the parent shall see it
+            result = ("error", traceback.format_exc())
+        connection.send_bytes(_pack(result))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+class WorkerPool:
+    """Lazily started worker processes; a failed job ends them all, the next job starts new ones."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def run(self, job: str, world_size: int, **kwargs: Any) -> list[Any]:
+        """Run ``tests.jobs.<job>(**kwargs)`` on ``world_size`` ranks; their results by rank."""
+        while len(self._workers) < world_size:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(there,), daemon=False)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+        port = str(_free_port())
+        for rank in range(world_size):
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            self._workers[rank][1].send_bytes(_pack((job, environment, kwargs)))
+        return self._collect(job, world_size)
+
+    def _collect(self, job: str, world_size: int) -> list[Any]:
+        results: dict[int, Any] = {}
+        pending = {self._workers[rank][1]: rank for rank in range(world_size)}
+        deadline = time.monotonic() + JOB_TIMEOUT
+        while pending:
+            ready = wait(list(pending), timeout=max(deadline - time.monotonic(), 0.0))
+            if not ready:
+                self.close()
+                raise TimeoutError(f"{job}: ranks {sorted(pending.values())} gave no result in {JOB_TIMEOUT:.0f} s")
+            for connection in ready:
+                assert isinstance(connection, Connection)
+                rank = pending.pop(connection)
+                status, value = _unpack(connection.recv_bytes())
+                if status == "error":
+                    self.close()
+                    raise AssertionError(f"{job} failed on rank {rank} of {world_size}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all workers."""
+        for process, connection in self._workers:
+            connection.close()
+            process.terminate()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()

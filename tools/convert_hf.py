@@ -1,0 +1,111 @@
+"""Convert a Llama between Hugging Face and megatron-core, and trained adapters to PEFT.
+
+    python tools/convert_hf.py import         --hf-model LLAMA --megatron-path BASE
+    python tools/convert_hf.py export         --megatron-path BASE --hf-path NEW_LLAMA
+    python tools/convert_hf.py export-adapter --megatron-path SAVE --hf-path ADAPTER [--hf-model LLAMA]
+    python tools/convert_hf.py roundtrip      --hf-model LLAMA [--megatron-path BASE] [--hf-path NEW_LLAMA]
+
+One process, no GPU, and the memory of one layer. `export` and `roundtrip` are exact to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from malora_dist.checkpoint.convert import (
+    DEFAULT_SHARD_BYTES,
+    export_hf,
+    fingerprint_hf,
+    import_hf,
+    read_adapter_weights,
+    roundtrip,
+)
+from malora_dist.errors import CheckpointError, exit_on_user_error
+
+
+def run_import(args: argparse.Namespace) -> str:
+    """Hugging Face -> megatron."""
+    info = import_hf(args.hf_model, args.megatron_path)
+    return (
+        f"imported {info.num_parameters:,} parameters ({info.dtype}, {_gigabytes(args.megatron_path):.3g} GB, "
+        f"fingerprint {info.fingerprint[:12]}) into {args.megatron_path}"
+    )
+
+
+def run_export(args: argparse.Namespace) -> str:
+    """Megatron -> Hugging Face."""
+    count = export_hf(args.megatron_path, args.hf_path, args.max_shard_bytes)
+    return f"exported {count} tensors ({_gigabytes(args.hf_path):.3g} GB) into {args.hf_path}"
+
+
+def run_export_adapter(args: argparse.Namespace) -> str:
+    """Trained adapter -> PEFT."""
+    from malora_dist.hf.export import write_peft_adapter  # loads PEFT, which the other commands do without
+
+    adapter = read_adapter_weights(args.megatron_path)
+    base = adapter.base_model_name_or_path
+    if args.hf_model is not None:
+        fingerprint = fingerprint_hf(args.hf_model)
+        if fingerprint != adapter.base_fingerprint:
+            raise CheckpointError(
+                f"--hf-model {args.hf_model}: has fingerprint {fingerprint[:12]}, but the adapter was trained on "
+                f"{base} with {adapter.base_fingerprint[:12]}; name that model"
+            )
+        base = str(args.hf_model.resolve())
+    write_peft_adapter(args.hf_path, adapter.spec, adapter.tensors, base, adapter.base_fingerprint)
+    count = f"{len(adapter.tensors)} tensors of iteration {adapter.iteration}"
+    return f"exported {count} ({_gigabytes(args.hf_path):.3g} GB) into {args.hf_path}"
+
+
+def run_roundtrip(args: argparse.Namespace) -> str:
+    """Hugging Face -> megatron -> Hugging Face, compared."""
+    count = roundtrip(args.hf_model, args.megatron_path, args.hf_path, args.max_shard_bytes)
+    return f"{count} tensors of {args.hf_model} are equal bit by bit after import and export"
+
+
+#: {command: (what runs it, required options, optional ones)}.
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...], tuple[str, ...]]] = {
+    "import": (run_import, ("hf-model", "megatron-path"), ()),
+    "export": (run_export, ("megatron-path", "hf-path"), ("max-shard-bytes",)),
+    "export-adapter": (run_export_adapter, ("megatron-path", "hf-path"), ("hf-model",)),
+    "roundtrip": (run_roundtrip, ("hf-model",), ("megatron-path", "hf-path", "max-shard-bytes")),
+}
+OPTIONS: dict[str, dict] = {
+    "hf-model": {"type": Path, "metavar": "DIR", "help": "the Hugging Face model to read"},
+    "megatron-path": {"type": Path, "metavar": "DIR", "help": "the converted base, or the `save` directory of a run"},
+    "hf-path": {"type": Path, "metavar": "DIR", "help": "the Hugging Face directory to write; must not exist"},
+    "max-shard-bytes": {"type": int, "default": DEFAULT_SHARD_BYTES, "help": "largest safetensors file"},
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subcommand per conversion."""
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for command, (run, required, optional) in COMMANDS.items():
+        subparser = subparsers.add_parser(command, help=run.__doc__, description=run.__doc__)
+        for option in (*required, *optional):
+            subparser.add_argument(f"--{option}", required=option in required, **OPTIONS[option])
+        subparser.set_defaults(run=run)
+    return parser
+
+
+def _gigabytes(directory: Path) -> float:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e9
+
+
+@exit_on_user_error
+def main() -> None:
+    """Run one conversion and say in one line what came of it."""
+    args = build_parser().parse_args()
+    start = time.monotonic()
+    result = args.run(args)
+    print(f"{result} in {time.monotonic() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
