@@ -1,0 +1,1 @@
+"""From files of records to the microbatches of a rank: formats, tokens, tasks, order, batches."""

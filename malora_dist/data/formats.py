@@ -1,0 +1,159 @@
+"""From records to text: which part of a sample is prompt and which part is learned."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from malora_dist.config import TaskConfig
+from malora_dist.data.chat import render_chat
+from malora_dist.data.records import Record, read_records, text_of
+from malora_dist.data.segments import Example, Segment
+from malora_dist.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Example", "Segment", "load_examples"]
+
+# Stanford Alpaca's two prompts, to the letter (github.com/tatsu-lab/stanford_alpaca, train.py).
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format of one prompt and one answer.
+
+    Attributes:
+        answer: the column that is learned.
+        prompt: (record, where) -> the prompt's text.
+        lead: put between prompt and answer, as part of the answer.
+        reference: record -> what a generated answer is compared with.
+    """
+
+    columns: tuple[str, ...]
+    answer: str
+    prompt: Callable[[Record, str], str]
+    lead: str = ""
+    reference: Callable[[Record], str] = lambda record: ""
+
+
+def _alpaca_prompt(record: Record, where: str) -> str:
+    instruction = text_of(record, "instruction", where)
+    given = text_of(record, "input", where) if record.get("input") is not None else ""
+    template = _ALPACA_WITH_INPUT if given else _ALPACA_WITHOUT_INPUT
+    return template.format(instruction=instruction, input=given)
+
+
+_FORMATS = {
+    "alpaca": _Format(
+        columns=("instruction", "output"),
+        answer="output",
+        prompt=_alpaca_prompt,
+        reference=lambda record: "" if record.get("answer") is None else str(record["answer"]),
+    ),
+    "gsm8k": _Format(
+        columns=("question", "answer"),
+        answer="answer",
+        prompt=lambda record, where: f"Question: {text_of(record, 'question', where)}\nAnswer:",
+        lead=" ",
+        reference=lambda record: record["answer"].partition("####")[2].strip(),
+    ),
+    "completion": _Format(
+        columns=("prompt", "completion"),
+        answer="completion",
+        prompt=lambda record, where: text_of(record, "prompt", where),
+    ),
+}
+#: The columns that tell a format.
+_COLUMNS = {name: f.columns for name, f in _FORMATS.items()} | {"messages": ("messages",)}
+_BRACES = "write braces that are text as {{ and }}"
+
+
+def load_examples(task: TaskConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Example]:
+    """Read a task's records and render each into an :class:`Example`, in the file's order.
+
+    Args:
+        tokenizer: its chat template renders ``messages``; the other formats do not need it.
+
+    Raises:
+        DataError: the file or a record cannot be used; names ``FILE:LINE`` or the record's number.
+        ConfigError: format or prompt_template do not fit the file.
+    """
+    name, examples = "", []
+    for where, record in read_records(task.path, task.split):
+        if not name:
+            name = _format_name(task, record, where)
+            _check_template(task, name, record)
+        if name == "messages":
+            examples.append(render_chat(record, where, tokenizer))
+        else:
+            examples.append(_render(_FORMATS[name], task.prompt_template, record, where))
+    return examples
+
+
+def _format_name(task: TaskConfig, record: Record, where: str) -> str:
+    """The task's format; ``auto`` is read off the columns of the first record."""
+    if task.format != "auto":
+        if task.format not in _COLUMNS:
+            rule = f"must be auto, {', '.join(_COLUMNS)}"
+            raise ConfigError(_key(task, "format"), task.format, rule, "choose one of them")
+        return task.format
+    fitting = [name for name, columns in _COLUMNS.items() if record.keys() >= set(columns)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        problem = f"fit the formats {' and '.join(fitting)}; set format to one of them"
+    else:
+        known = ", ".join(f"{name} ({', '.join(columns)})" for name, columns in _COLUMNS.items())
+        problem = f"fit no format; rename them to those of {known}, or set format and prompt_template"
+    raise DataError(f"{where}: the columns {', '.join(record) or '(none)'} {problem}")
+
+
+def _check_template(task: TaskConfig, name: str, record: Record) -> None:
+    """Refuse a prompt_template that cannot be filled from the columns of the first record."""
+    template, key = task.prompt_template, _key(task, "prompt_template")
+    if not template:
+        return
+    if name == "messages":
+        raise ConfigError(key, template, "does not apply to format messages", "change the chat template instead")
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise ConfigError(key, template, f"is no format string ({error})", _BRACES) from error
+    for field in fields:
+        if field not in record:
+            rule = f"names {{{field}}}, but the columns are {', '.join(record)}"
+            raise ConfigError(key, template, rule, f"use one of them; {_BRACES}")
+
+
+def _render(form: _Format, template: str, record: Record, where: str) -> Example:
+    answer = text_of(record, form.answer, where)
+    prompt = _fill(template, record, where) if template else form.prompt(record, where)
+    segments = (Segment(prompt, trained=False), Segment(form.lead + answer, trained=True))
+    return Example(segments, reference=form.reference(record), source=where)
+
+
+def _fill(template: str, record: Record, where: str) -> str:
+    try:
+        return template.format_map(record)
+    except KeyError as error:
+        raise DataError(f"{where}: no column {error} for prompt_template; add it or remove the record") from error
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: does not fit prompt_template ({error}); change one of the two") from error
+
+
+def _key(task: TaskConfig, field: str) -> str:
+    return f"data[{task.name or Path(task.path).stem}].{field}"

@@ -1,0 +1,112 @@
+"""From text to tokens, and to a length that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from malora_dist.data.segments import Example
+from malora_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One sample as tokens.
+
+    Attributes:
+        token_ids: the sequence, BOS and EOS included.
+        trained: per token, whether the loss is taken on predicting it.
+        truncated: tokens that :func:`fit` cut away.
+        starts_with_bos: whether the first token is BOS, which is never cut away.
+        source: ``FILE:LINE`` or the record's number, for messages.
+    """
+
+    token_ids: list[int]
+    trained: list[bool]
+    truncated: int = 0
+    starts_with_bos: bool = False
+    source: str = ""
+
+
+def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> TokenizedExample:
+    """Tokens of a sample, up to the end of its last trained segment (what follows earns no loss).
+
+    Each segment is tokenised apart, so that a prompt has the tokens it has at inference.
+    EOS ends each trained segment, and BOS is put in front if the tokenizer puts it in front of
+    its own prompts. A chat template writes both itself: nothing is added to its text.
+
+    Raises:
+        DataError: the tokenizer has no EOS token, so that no answer could end.
+    """
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if eos is None and not example.templated:
+        raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could end; set eos_token")
+    # verbose=False: the warning about model_max_length is premature, fit() comes after
+    encode = cache(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else [])
+    token_ids: list[int] = []
+    trained: list[bool] = []
+    last = max(i for i, segment in enumerate(example.segments) if segment.trained)
+    for i, segment in enumerate(example.segments[: last + 1]):
+        ids = _continuation(example.segments[i - 1].text if i else "", segment.text, encode)
+        if segment.trained and not example.templated and ids[-1:] != [eos]:
+            ids = [*ids, eos]
+        token_ids += ids
+        trained += [segment.trained] * len(ids)
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    if adds_bos and not example.templated and token_ids[:1] != [bos]:
+        token_ids, trained = [bos, *token_ids], [False, *trained]
+    return TokenizedExample(
+        token_ids, trained, starts_with_bos=bos is not None and token_ids[:1] == [bos], source=example.source
+    )
+
+
+def _continuation(before: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    """Tokens of a text that follows the text ``before``.
+
+    Tokenizers in SentencePiece's manner put a space in front of every text they are given. The
+    tokens of a continuation are therefore those it adds to the text before it; where the two grow
+    together into one token, the text is tokenised by itself, since at inference the prompt is a
+    text by itself too.
+    """
+    head, whole = encode(before), encode(before + text)
+    return whole[len(head) :] if whole[: len(head)] == head else encode(text)
+
+
+def fit(example: TokenizedExample, seq_length: int, overlong: str) -> TokenizedExample | None:
+    """Bring a sample to at most ``seq_length`` tokens.
+
+    ``truncate`` cuts the start of what precedes the last answer and keeps BOS; an answer too long
+    by itself loses its end, EOS included. ``drop`` answers None.
+
+    Raises:
+        DataError: the sample is too long and ``overlong`` is ``error``.
+    """
+    excess = len(example.token_ids) - seq_length
+    if excess <= 0:
+        return example
+    if overlong == "drop":
+        return None
+    if overlong == "error":
+        raise DataError(
+            f"{example.source}: {len(example.token_ids)} tokens exceed seq_length={seq_length}; "
+            "raise it, or set overlong to truncate or drop"
+        )
+    if overlong != "truncate":
+        raise ValueError(f"overlong={overlong!r}")
+    answer = len(example.trained)
+    while answer > 0 and example.trained[answer - 1]:
+        answer -= 1
+    bos = int(example.starts_with_bos)
+    start = min(bos + excess, max(answer, bos))  # at most up to the answer; the rest of the excess is cut at its end
+    keep = [*range(bos), *range(start, start + seq_length - bos)]
+    return replace(
+        example,
+        token_ids=[example.token_ids[i] for i in keep],
+        trained=[example.trained[i] for i in keep],
+        truncated=excess,
+    )

@@ -1,0 +1,1 @@
+"""What a run reports: console lines, TensorBoard scalars, routing statistics."""

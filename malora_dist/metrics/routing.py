@@ -1,0 +1,85 @@
+"""Expert balance from the routing statistics of all ranks.
+
+Shape suffixes: L adapted projections of this stage, J tasks, N experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from malora_dist.models.routing_context import RoutingContext, SiteStatistics
+from malora_dist.parallel.topology import Topology
+
+
+def reduce_statistics(context: RoutingContext, topology: Topology) -> dict[str, SiteStatistics]:
+    """Sum the recorded statistics over data- and tensor-parallel ranks, collect them over stages.
+
+    Called by all ranks; empties the context's record. Every rank returns all stages' sites.
+    """
+    sites = list(context.statistics)
+    found = [context.statistics[site] for site in sites]
+    context.statistics.clear()
+    if found:
+        counts_LJN = torch.stack([s.counts_JN for s in found])
+        scalars_L2 = torch.stack([torch.stack((s.entropy_sum, s.aux_loss_sum)) for s in found])
+        for group in (topology.dp_group, topology.tp_group):
+            for tensor in (counts_LJN, scalars_L2):
+                dist.all_reduce(tensor, group=group)
+        # Every TP rank held the whole microbatch's loss, but only its own tokens' counts and entropy.
+        replicas = topology.dp_size * topology.tp_size
+        stage = {
+            site: SiteStatistics(counts_LJN[i].cpu(), scalars_L2[i, 0].cpu(), scalars_L2[i, 1].cpu() / topology.tp_size,
+                                 found[i].microbatches * replicas // topology.tp_size)
+            for i, site in enumerate(sites)
+        }  # fmt: skip
+    else:
+        stage = {}
+    stages: list[dict[str, SiteStatistics]] = [{} for _ in range(topology.pp_size)]
+    dist.all_gather_object(stages, stage, group=topology.pp_group)
+    return {site: statistics for part in stages for site, statistics in part.items()}
+
+
+def balance(counts_N: Tensor) -> float:
+    """Load of the busiest expert over the mean load: 1 is even, N is all on one expert."""
+    return float(counts_N.max() / counts_N.mean().clamp(min=1e-9))
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What TensorBoard shows of the routing.
+
+    Attributes:
+        scalars: by tag; balance is max/mean load, entropy in nats per token.
+        expert_counts: by tag, top-k slots per expert; shown as histograms over the expert number.
+    """
+
+    scalars: dict[str, float]
+    expert_counts: dict[str, list[float]]
+
+
+def report_routing(statistics: dict[str, SiteStatistics], topk: int, task_names: Sequence[str]) -> RoutingReport:
+    """Balance, router entropy, aux loss and tokens per expert, per adapted projection and overall."""
+    scalars: dict[str, float] = {}
+    expert_counts: dict[str, list[float]] = {}
+    balances, entropies, aux_loss = [], [], 0.0
+    for site, s in statistics.items():
+        counts_N = s.counts_JN[1:].sum(dim=0)
+        balances.append(balance(counts_N))
+        entropies.append(float(s.entropy_sum) / max(float(counts_N.sum()) / topk, 1.0))
+        aux_loss += float(s.aux_loss_sum) / max(s.microbatches, 1)
+        scalars[f"malora/balance/{site}"] = balances[-1]
+        scalars[f"malora/router entropy/{site}"] = entropies[-1]
+        expert_counts[f"malora/tokens per expert/{site}"] = counts_N.tolist()
+        for task, row_N in zip(task_names, s.counts_JN[1:], strict=True):
+            expert_counts[f"malora/tokens per task and expert/{site}/{task}"] = row_N.tolist()
+    if statistics:
+        scalars["malora/aux loss"] = aux_loss
+        scalars["malora/balance"] = sum(balances) / len(balances)
+        scalars["malora/worst balance"] = max(balances)
+        scalars["malora/router entropy"] = sum(entropies) / len(entropies)
+    return RoutingReport(scalars, expert_counts)

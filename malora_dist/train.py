@@ -1,0 +1,43 @@
+"""Train: ``torchrun --nproc-per-node 2 -m malora_dist.train --config FILE key=value ...``
+
+``python -m malora_dist.train`` alone is one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+from malora_dist.config import load_config
+from malora_dist.errors import exit_on_user_error
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="malora_dist.train", description=__doc__)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of config keys (docs/config.md)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys that override the file")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    """Load the config, build the layout, train."""
+    arguments = _parse()
+    config = load_config(arguments.config, arguments.overrides)
+    # torch and megatron take seconds to import: a wrong config is reported before.
+    from malora_dist.parallel import topology as layout
+    from malora_dist.parallel.device import expected_import_warnings
+
+    config.validate(layout.world_size_from_env())
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    topology = layout.initialize(config, config.seed)
+    try:
+        with expected_import_warnings():
+            from malora_dist.training.trainer import Trainer
+        Trainer(config, topology).train()
+    finally:
+        layout.destroy()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Per-task answer loss on the validation splits, through megatron's forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from malora_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class TaskLosses:
+    """Mean answer loss per task (nan where no answer token was seen) and over all answer tokens."""
+
+    by_task: dict[str, float]
+    overall: float
+
+
+def mean_losses(sums: Sequence[Tensor], task_names: Sequence[str], topology: Topology) -> TaskLosses:
+    """Means over the global batch from the [J, 2] sums of this rank's microbatches.
+
+    Called by all ranks; the last stage has the sums, every rank gets the result.
+    """
+    total = torch.zeros(len(task_names), 2, dtype=torch.float64, device=topology.device)
+    for one in sums:
+        total += one.double()
+    for group in (topology.dp_group, topology.pp_group):  # the earlier stages add zeros
+        dist.all_reduce(total, group=group)
+    losses = (total[:, 0] / total[:, 1]).tolist()
+    overall = float(total[:, 0].sum() / total[:, 1].sum())
+    return TaskLosses(dict(zip(task_names, losses, strict=True)), overall)
+
+
+def format_losses(losses: TaskLosses) -> str:
+    """``name 1.234, name 2.345``"""
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.by_task.items())

@@ -1,0 +1,192 @@
+"""The training loop: megatron's schedule over this rank's stage, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from malora_dist.checkpoint.adapter import (
+    Trained,
+    check_adapter_matches,
+    load_adapter_checkpoint,
+    load_base_weights,
+    save_adapter_checkpoint,
+)
+from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
+from malora_dist.config import Config
+from malora_dist.data.batches import Microbatch
+from malora_dist.dispatch.factory import make_dispatcher
+from malora_dist.metrics.banner import banner
+from malora_dist.metrics.clock import Clock
+from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
+from malora_dist.metrics.routing import reduce_statistics, report_routing
+from malora_dist.models.adapted_linear import AdapterSettings
+from malora_dist.models.hf_config import read_llama_config
+from malora_dist.models.llama import build_llama, transformer_config
+from malora_dist.models.routing_context import RoutingContext
+from malora_dist.parallel.topology import Topology
+from malora_dist.training.batches import BatchSource
+from malora_dist.training.evaluation import TaskLosses, format_losses, mean_losses
+from malora_dist.training.loss import forward_step
+from malora_dist.training.optimizer import make_optimizer, make_scheduler
+
+
+class Trainer:
+    """One run of a validated config on an initialised layout.
+
+    Raises:
+        MaloraError: on construction, for anything the user's files or settings make impossible.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+        base_path = Path(config.pretrained_checkpoint)
+        self.base = read_base_info(base_path)
+        self.hf = read_llama_config(hf_dir(base_path))
+        if config.load:
+            check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
+        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir(base_path)))
+        self.batches = BatchSource(config, tokenizer, topology)
+
+        self.context = RoutingContext(num_tasks=len(config.data))
+        self.dispatcher = make_dispatcher(config.dispatch, config.num_experts, topology.ep_group, topology.device)
+        settings = AdapterSettings(config, topology, self.dispatcher, self.context, config.seed)
+        self.model_config = transformer_config(self.hf, topology, config.sequence_parallel, config.bf16)
+        model = build_llama(self.hf, self.model_config, settings, config.seq_length)
+        load_base_weights(checkpoint_dir(base_path), model, topology)
+        self.ddp = DistributedDataParallel(
+            self.model_config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
+        )
+        self.model_config.finalize_model_grads_func = finalize_model_grads
+        self.model_config.no_sync_func = self.ddp.no_sync
+        optimizer = make_optimizer(config, self.ddp)
+        self.trained = Trained(model, optimizer, make_scheduler(config, optimizer))
+        if config.load:
+            load_adapter_checkpoint(Path(config.load), self.trained, topology)
+        self.logger = self._make_logger()
+
+    def train(self) -> None:
+        """Train to train_iters (or exit_interval), evaluating, logging and saving on the way."""
+        config, trained = self.config, self.trained
+        last = min(config.train_iters, config.exit_interval or config.train_iters)
+        self.logger.message(banner(trained.model, config, self.hf, self.base, self.dispatcher.name, self.topology))
+        self.logger.message(self.batches.describe())
+        if trained.iteration:
+            self.logger.message(f"resumed from {config.load} at iteration {trained.iteration}")
+        clock = Clock()
+        while trained.iteration < last:
+            is_logged = (trained.iteration + 1) % config.log_interval == 0 or trained.iteration + 1 == last
+            losses, grad_norm, tokens = self.train_step(record_routing=is_logged)
+            clock.add(tokens)
+            if is_logged:
+                self._log(losses, grad_norm, clock)
+            is_last = trained.iteration == last
+            if config.eval_iters and (
+                is_last or (config.eval_interval and trained.iteration % config.eval_interval == 0)
+            ):
+                with clock.paused():
+                    self.evaluate()
+            if config.save and (is_last or (config.save_interval and trained.iteration % config.save_interval == 0)):
+                with clock.paused():
+                    self.save()
+        self.logger.close()
+
+    def train_step(self, record_routing: bool = False) -> tuple[TaskLosses, float, int]:
+        """One optimizer step: (mean answer losses, gradient norm before clipping, tokens of the global batch)."""
+        trained = self.trained
+        microbatches = self.batches.train(trained.consumed_samples)
+        answer_tokens, tokens = self.batches.global_token_counts(microbatches)
+        self._seed_step(trained.iteration)
+        # megatron divides all gradients by the answer tokens of the global batch; the auxiliary
+        # loss shall be a mean over its microbatches.
+        total_microbatches = len(microbatches) * self.topology.dp_size
+        MoEAuxLossAutoScaler.set_loss_scale(
+            torch.tensor(answer_tokens / total_microbatches, device=self.topology.device)
+        )
+        self.context.recording = record_routing
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        trained.optimizer.zero_grad()
+        sums = self._run(microbatches, forward_only=False)
+        _, grad_norm, _ = trained.optimizer.step()
+        if grad_norm is None:  # clip_grad=0: megatron does not compute it
+            grad_norm = trained.optimizer.get_grad_norm()
+        trained.scheduler.step(increment=1)
+        self.context.recording = False
+        trained.iteration += 1
+        trained.consumed_samples += self.config.global_batch_size
+        return mean_losses(sums, self.batches.task_names, self.topology), float(grad_norm), tokens
+
+    @torch.no_grad()
+    def evaluate(self) -> TaskLosses:
+        """Mean answer loss of each task's validation split; logged."""
+        self.ddp.eval()
+        sums: list[Tensor] = []
+        for microbatches in self.batches.validation():
+            sums.extend(self._run(microbatches, forward_only=True))
+        losses = mean_losses(sums, self.batches.task_names, self.topology)
+        self.logger.message(f"validation at iteration {self.trained.iteration}: {format_losses(losses)}")
+        scalars = {f"lm loss validation/{name}": loss for name, loss in losses.by_task.items()}
+        self.logger.scalars({"lm loss validation": losses.overall, **scalars}, self.trained.iteration)
+        return losses
+
+    def save(self) -> None:
+        """Write a checkpoint of this iteration."""
+        directory = save_adapter_checkpoint(
+            Path(self.config.save), self.trained, self.config, self.base, self.hf.num_hidden_layers, self.topology
+        )
+        self.logger.message(f"saved {directory}")
+
+    def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
+        """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
+        step = partial(
+            forward_step, vocab_size=self.hf.vocab_size, num_tasks=len(self.batches.task_names), topology=self.topology
+        )
+        return get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter(microbatches),
+            model=[self.ddp],
+            num_microbatches=len(microbatches),
+            seq_length=self.config.seq_length,
+            micro_batch_size=self.config.micro_batch_size,
+            forward_only=forward_only,
+        )
+
+    def _seed_step(self, iteration: int) -> None:
+        """Dropout is a function of (seed, step, data-parallel rank), so a resumed run draws the same masks."""
+        if self.config.lora_dropout > 0:
+            seed = (self.config.seed + 1_000_003 * iteration + 7919 * self.topology.dp_rank) % 2**31
+            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+    def _make_logger(self) -> Logger:
+        t = self.topology
+        if not (t.is_last_stage and t.dp_rank == 0 and t.tp_rank == 0):
+            return NullLogger()
+        directory = self.config.tensorboard_dir or (self.config.save and str(Path(self.config.save) / "tensorboard"))
+        return ConsoleLogger(Path(directory) if directory else None)
+
+    def _log(self, losses: TaskLosses, grad_norm: float, clock: Clock) -> None:
+        """One console line and the TensorBoard scalars of this step; called by all ranks."""
+        config, iteration = self.config, self.trained.iteration
+        routing = report_routing(reduce_statistics(self.context, self.topology), config.topk, self.batches.task_names)
+        seconds, tokens_per_second = clock.lap()
+        lr = self.trained.optimizer.param_groups[0]["lr"]
+        figures = {"lm loss": f"{losses.overall:.4f}", "lr": f"{lr:.2e}", "grad-norm": f"{grad_norm:.3f}"}
+        if "malora/balance" in routing.scalars:
+            figures["balance"] = f"{routing.scalars['malora/balance']:.2f}"
+        figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "s/it": f"{seconds:.3f}"}
+        self.logger.message(progress_line(iteration, config.train_iters, figures, seconds))
+        scalars = {"lm loss": losses.overall, "learning-rate": lr, "grad-norm": grad_norm,
+                   "throughput": tokens_per_second, "iteration-time": seconds}  # fmt: skip
+        scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items() if loss == loss}
+        self.logger.scalars(scalars, iteration)
+        self.logger.routing(routing, iteration)

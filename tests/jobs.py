@@ -1,0 +1,183 @@
+"""Jobs of the distributed workers (tests/workers.py): each runs on every rank of its world."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from malora_dist.config import Config, load_config
+from malora_dist.parallel import topology as layout
+from malora_dist.parallel.device import expected_import_warnings
+from tests.oracle import start_value
+
+Shard = tuple[tuple[slice, ...], tuple[int, ...], Tensor]
+
+
+def _trainer(overrides: list[str]) -> Any:
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    config = load_config(None, overrides)
+    config.validate(layout.world_size_from_env())
+    topology = layout.initialize(config, config.seed)
+    with expected_import_warnings():
+        from malora_dist.training.trainer import Trainer
+    return Trainer(config, topology)
+
+
+def _oracle_key(key: str) -> str:
+    """`decoder.layers.3.mlp.linear_fc2.adapters.down_proj.B` -> `layers.3.down_proj.B` (layer number local)."""
+    parts = key.split(".")
+    return f"layers.{parts[2]}.{parts[-2]}.{parts[-1]}"
+
+
+def _adapter_shards(trainer: Any) -> dict[str, tuple[Any, tuple[slice, ...], tuple[int, ...]]]:
+    """Per adapter parameter: the parameter, where its shard lies in the full tensor, the full shape."""
+    from malora_dist.models.adapted_linear import is_adapter_key
+
+    found = {}
+    model = trainer.trained.model
+    for key, sharded in model.sharded_state_dict(metadata={"dp_cp_group": trainer.topology.dp_group}).items():
+        if not is_adapter_key(key):
+            continue
+        layer, *offset = sharded.global_offset
+        where = tuple(slice(o, o + n) for o, n in zip(offset, sharded.data.shape, strict=True))
+        parts = _oracle_key(key).split(".")
+        found[".".join(["layers", str(layer), *parts[2:]])] = (sharded.data, where, sharded.global_shape[1:])
+    return found
+
+
+def _randomise_up_projections(trainer: Any) -> None:
+    """B starts at zero; parity tests start it at :func:`tests.oracle.start_value`, on every layout."""
+    from malora_dist.models.llama import projection_widths
+
+    widths = projection_widths(trainer.hf)
+    for key, (parameter, where, _) in _adapter_shards(trainer).items():
+        _, layer, projection, name = key.split(".")
+        if name == "B":
+            full = start_value(trainer.config, trainer.config.seed, int(layer), projection, name, *widths[projection])
+            parameter.data.copy_(full[where])
+
+
+def train_and_record(overrides: list[str], steps: int, randomise: bool = True) -> dict[str, Any]:
+    """Train ``steps`` steps; this rank's losses, norms, input gradients, and shards of gradients and parameters."""
+    trainer = _trainer(overrides)
+    try:
+        if randomise:
+            _randomise_up_projections(trainer)
+        result: dict[str, Any] = {"losses": [], "grad_norms": [], "grads": [], "input_grads": []}
+        inputs: list[Tensor] = []
+        scales: list[float] = []
+
+        def keep_input(_module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            kwargs["hidden_states"] = kwargs["hidden_states"].detach().requires_grad_()
+            inputs.append(kwargs["hidden_states"])
+            return args, kwargs
+
+        if trainer.topology.is_first_stage:
+            trainer.trained.model.decoder.register_forward_pre_hook(keep_input, with_kwargs=True)
+        step_optimizer = trainer.trained.optimizer.step
+
+        def step_and_keep_gradients() -> Any:
+            shards = _adapter_shards(trainer).items()
+            result["grads"].append(
+                {k: (where, shape, p.main_grad.clone()) for k, (p, where, shape) in shards if p.requires_grad}
+            )
+            return step_optimizer()
+
+        trainer.trained.optimizer.step = step_and_keep_gradients
+        count = trainer.batches.global_token_counts
+        trainer.batches.global_token_counts = lambda m: (scales.append(count(m)[0]), count(m))[1]
+        for _ in range(steps):
+            inputs.clear()
+            losses, grad_norm, _ = trainer.train_step()
+            result["losses"].append(losses.overall)
+            result["grad_norms"].append(grad_norm)
+            grads = [x.grad / scales[-1] for x in inputs if x.grad is not None]  # [s / tp, b, h]
+            result["input_grads"].append(grads)
+        result["parameters"] = {
+            k: (where, shape, p.detach().clone()) for k, (p, where, shape) in _adapter_shards(trainer).items()
+        }
+        t = trainer.topology
+        result["place"] = {"dp": t.dp_rank, "tp": t.tp_rank, "pp": t.pp_rank, "ep": t.ep_rank}
+        return result
+    finally:
+        layout.destroy()
+
+
+def train_with_cli(overrides: list[str]) -> list[tuple[int, float]]:
+    """The whole run as train.py does it; the logged (iteration, loss) pairs of this rank's steps."""
+    trainer = _trainer(overrides)
+    try:
+        seen: list[tuple[int, float]] = []
+        train_step = trainer.train_step
+
+        def step(record_routing: bool = False) -> Any:
+            result = train_step(record_routing)
+            seen.append((trainer.trained.iteration, result[0].overall))
+            return result
+
+        trainer.train_step = step
+        trainer.train()
+        return seen
+    finally:
+        layout.destroy()
+
+
+def dispatch_and_combine(
+    dispatch: str, num_experts: int, z: list[Tensor], experts: list[Tensor], gates: list[Tensor], weights: Tensor
+) -> dict[str, Tensor]:
+    """One dispatcher on handmade routing: expert e multiplies its rows by ``weights[e]`` [Z, M].
+
+    Returns the combined output of this rank's tokens and the gradients of z, gates and this
+    rank's weights for the loss sum(y^2) over all ranks.
+    """
+    from malora_dist.adapters.maths import Routing
+    from malora_dist.dispatch.factory import make_dispatcher
+    from malora_dist.dispatch.fastmoe import FastMoEDispatcher
+    from tests.fmoe_double import FmoeFunctionsDouble
+
+    config = Config(expert_model_parallel_size=layout.world_size_from_env(), device="cpu")
+    topology = layout.initialize(config)
+    try:
+        if dispatch == "fastmoe":
+            double = FmoeFunctionsDouble()
+            dispatcher: Any = FastMoEDispatcher(num_experts, topology.ep_group, topology.device, functions=double)
+        else:
+            dispatcher = make_dispatcher(dispatch, num_experts, topology.ep_group, topology.device)
+        local = num_experts // topology.ep_size
+        mine = weights[topology.ep_rank * local : (topology.ep_rank + 1) * local].clone().requires_grad_()
+        own_z = z[topology.rank].clone().requires_grad_()
+        own_gates = gates[topology.rank].clone().requires_grad_()
+        indices = experts[topology.rank]
+        probs = torch.zeros(own_z.shape[0], num_experts)
+        tokens = dispatcher.dispatch(own_z, Routing(own_gates, indices, probs))
+        y_W = torch.einsum("wz,ezm,we->wm", tokens.rows_WZ, mine, tokens.gates_WE)
+        y = dispatcher.combine(y_W, tokens)
+        y.square().sum().backward()
+        assert own_z.grad is not None and own_gates.grad is not None and mine.grad is not None
+        return {"y": y.detach(), "z": own_z.grad, "gates": own_gates.grad, "weights": mine.grad,
+                "rows": torch.tensor(tokens.rows_WZ.shape[0])}  # fmt: skip
+    finally:
+        layout.destroy()
+
+
+def load_base_logits(base: str, overrides: list[str], token_ids: Tensor) -> Tensor | None:
+    """Logits of the base with fresh adapters (B = 0) on a layout; None but on the last stage. [b, s, v / tp]"""
+    trainer = _trainer([f"pretrained_checkpoint={base}", *overrides])
+    try:
+        b, s = token_ids.shape
+        position_ids = torch.arange(s).expand(b, s)
+        trainer.ddp.eval()
+        with torch.no_grad():
+            output = trainer.trained.model(token_ids, position_ids, torch.ones_like(token_ids))
+        return output if trainer.topology.is_last_stage else None
+    finally:
+        layout.destroy()
+
+
+def exists(path: str) -> bool:
+    """For tests of the pool itself."""
+    return Path(path).exists()

@@ -1,0 +1,107 @@
+"""Tasks from a config: splits, counts, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from malora_dist.config import DataConfig, TaskConfig
+from malora_dist.data.dataset import TaskDataset, load_tasks
+from malora_dist.data.tokenization import TokenizedExample
+from malora_dist.errors import ConfigError, DataError
+from tests.test_data_text import letter_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return letter_tokenizer()
+
+
+def write(path: Path, count: int, answer: str = "x", prefix: str = "p") -> str:
+    """A file of ``count`` different samples."""
+    records = [{"prompt": f"{prefix}{i:03}", "completion": answer} for i in range(count)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def load(
+    tokenizer: PreTrainedTokenizerFast, *tasks: TaskConfig, seed: int = 1, **settings: object
+) -> list[TaskDataset]:
+    return load_tasks(DataConfig(data=list(tasks), **settings), tokenizer, seed)
+
+
+def lines(samples: list[TokenizedExample]) -> list[int]:
+    return [int(sample.source.rpartition(":")[2]) for sample in samples]
+
+
+def test_held_out_samples(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write(tmp_path / "a.jsonl", 50)
+    a, b = load(tokenizer, TaskConfig(path=path), TaskConfig(path=path, name="b", weight=2.0), validation_samples=7)
+    assert (a.name, a.weight, b.name, b.weight) == ("a", 1.0, "b", 2.0)
+    assert len(a.validation) == 7
+    assert sorted(lines(a.train) + lines(a.validation)) == list(range(1, 51))  # nothing in both, nothing lost
+    assert lines(a.validation) != lines(b.validation)  # the name is part of the key
+    (again,) = load(tokenizer, TaskConfig(path=path), validation_samples=7)
+    assert again == a
+    (other,) = load(tokenizer, TaskConfig(path=path), validation_samples=7, seed=2)
+    assert lines(other.validation) != lines(a.validation)
+
+
+@pytest.mark.parametrize(("count", "asked", "held_out"), [(50, 64, 10), (50, 0, 0), (9, 64, 1), (4, 64, 0), (1, 64, 0)])
+def test_at_most_a_fifth_is_held_out(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, count: int, asked: int, held_out: int
+) -> None:
+    (task,) = load(tokenizer, TaskConfig(path=write(tmp_path / "a.jsonl", count)), validation_samples=asked)
+    assert (len(task.train), len(task.validation)) == (count - held_out, held_out)
+
+
+def test_validation_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path, other = write(tmp_path / "a.jsonl", 10), write(tmp_path / "v.jsonl", 3, prefix="v")
+    (task,) = load(tokenizer, TaskConfig(path=path, validation_path=other))
+    assert len(task.train) == 10
+    assert [sample.source for sample in task.validation] == [f"{other}:{i}" for i in (1, 2, 3)]
+    with pytest.raises(ConfigError, match=r"data\[a\].validation_path=.*: is the task's training file; name another"):
+        load(tokenizer, TaskConfig(path=path, validation_path=path))
+    with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
+        load(tokenizer, TaskConfig(path=path, validation_path=str(tmp_path / "gone.jsonl")))
+
+
+def test_counts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "a.jsonl"
+    records = [("p" * 4, "x"), ("p" * 9, "x"), ("p", " "), ("p" * 4, "yy")]
+    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in records))
+    task = TaskConfig(path=str(path))
+    (truncated,) = load(tokenizer, task, seq_length=8)
+    assert (truncated.overlong, truncated.blank, lines(truncated.train)) == (1, 1, [1, 2, 4])
+    assert [len(sample.token_ids) for sample in truncated.train] == [7, 8, 8]
+    assert truncated.report == (
+        "a: 3 training and 0 validation samples, 23 tokens (7 trained), 1 overlong, 1 blank answers"
+    )
+    (dropped,) = load(tokenizer, task, seq_length=8, overlong="drop")
+    assert (dropped.overlong, lines(dropped.train)) == (1, [1, 4])
+    with pytest.raises(DataError, match=r"a.jsonl:2: 12 tokens exceed seq_length=8"):
+        load(tokenizer, task, seq_length=8, overlong="error")
+
+
+def test_tasks_without_samples(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    long = TaskConfig(path=write(tmp_path / "long.jsonl", 3))
+    with pytest.raises(DataError, match=r"leaves task 'long' no samples \(0 without an answer, 3 above seq_length=4"):
+        load(tokenizer, long, seq_length=4, overlong="drop")
+    blank = TaskConfig(path=write(tmp_path / "blank.jsonl", 2, answer=""))
+    with pytest.raises(DataError, match=r"leaves task 'blank' no samples \(2 without an answer"):
+        load(tokenizer, blank)
+    with pytest.raises(DataError, match=r"empty.jsonl: holds no records"):
+        load(tokenizer, TaskConfig(path=write(tmp_path / "empty.jsonl", 0)))
+
+
+def test_real_code_task(shared: Path) -> None:
+    """Code Alpaca has two records without an answer: they are left out and counted."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+    (task,) = load(tokenizer, TaskConfig(path=str(shared / "data" / "code" / "code_alpaca_2k.json")), seq_length=256)
+    assert task.blank == 2
+    assert len(task.train) + len(task.validation) == 2015
+    assert max(len(sample.token_ids) for sample in task.train) == 256
+    assert sum(sample.truncated > 0 for sample in task.train + task.validation) == task.overlong
