@@ -26,13 +26,13 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     # torch and megatron take seconds to import: a wrong config is reported before.
     from malora_dist.parallel import topology as layout
-    from malora_dist.parallel.device import expected_import_warnings
+    from malora_dist.parallel.device import without_expected_warnings
 
     config.validate(layout.world_size_from_env())
     logging.getLogger("megatron").setLevel(logging.ERROR)
     topology = layout.initialize(config, config.seed)
     try:
-        with expected_import_warnings():
+        with without_expected_warnings():
             from malora_dist.training.trainer import Trainer
         Trainer(config, topology).train()
     finally:

@@ -28,8 +28,11 @@ class FmoeFunctionsDouble:
 
         class Scatter(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, inp: Tensor, pos: Tensor, local: Tensor, world: Tensor, rows: int, size: int) -> Tensor:
-                assert inp.is_contiguous() and inp.dim() == 2
+            def forward(
+                ctx: Any, inp: Tensor, pos: Tensor, local: Tensor, world: Tensor, rows: int, size: int
+            ) -> Tensor:
+                assert inp.is_contiguous()
+                assert inp.dim() == 2
                 ctx.args = pos, local, world, size, inp.shape[0]
                 return double.to_experts(inp[pos], local, world, size)
 
@@ -41,10 +44,15 @@ class FmoeFunctionsDouble:
 
         class Gather(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, rows: Tensor, pos: Tensor, local: Tensor, world: Tensor, batch: int, size: int) -> Tensor:
-                assert rows.is_contiguous() and rows.dim() == 2
+            def forward(
+                ctx: Any, rows: Tensor, pos: Tensor, local: Tensor, world: Tensor, batch: int, size: int
+            ) -> Tensor:
+                assert rows.is_contiguous()
+                assert rows.dim() == 2
                 ctx.args = pos, local, world, size
-                return rows.new_zeros(batch, rows.shape[1]).index_copy_(0, pos, double.to_home(rows, local, world, size))
+                return rows.new_zeros(batch, rows.shape[1]).index_copy_(
+                    0, pos, double.to_home(rows, local, world, size)
+                )
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Any:
@@ -56,7 +64,9 @@ class FmoeFunctionsDouble:
     def ensure_comm(self, _tensor: Tensor, group: Any) -> None:
         self.group = self.group or group
 
-    def prepare_forward(self, gate: Tensor, num_expert: int, world_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    def prepare_forward(
+        self, gate: Tensor, num_expert: int, world_size: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
         """Positions (indices into the flattened slots, sorted by expert) and counts on the CPU."""
         flat = gate.flatten()
         pos = torch.sort(flat, stable=True).indices

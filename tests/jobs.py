@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from malora_dist.config import Config, load_config
 from malora_dist.parallel import topology as layout
-from malora_dist.parallel.device import expected_import_warnings
+from malora_dist.parallel.device import without_expected_warnings
 from tests.oracle import start_value
 
 Shard = tuple[tuple[slice, ...], tuple[int, ...], Tensor]
@@ -22,7 +21,7 @@ def _trainer(overrides: list[str]) -> Any:
     config = load_config(None, overrides)
     config.validate(layout.world_size_from_env())
     topology = layout.initialize(config, config.seed)
-    with expected_import_warnings():
+    with without_expected_warnings():
         from malora_dist.training.trainer import Trainer
     return Trainer(config, topology)
 
@@ -157,27 +156,23 @@ def dispatch_and_combine(
         y_W = torch.einsum("wz,ezm,we->wm", tokens.rows_WZ, mine, tokens.gates_WE)
         y = dispatcher.combine(y_W, tokens)
         y.square().sum().backward()
-        assert own_z.grad is not None and own_gates.grad is not None and mine.grad is not None
         return {"y": y.detach(), "z": own_z.grad, "gates": own_gates.grad, "weights": mine.grad,
                 "rows": torch.tensor(tokens.rows_WZ.shape[0])}  # fmt: skip
     finally:
         layout.destroy()
 
 
-def load_base_logits(base: str, overrides: list[str], token_ids: Tensor) -> Tensor | None:
-    """Logits of the base with fresh adapters (B = 0) on a layout; None but on the last stage. [b, s, v / tp]"""
-    trainer = _trainer([f"pretrained_checkpoint={base}", *overrides])
+def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
+    """Evaluate, train, evaluate, save; then the trained model's logits for ``token_ids`` [b, s]."""
+    trainer = _trainer(overrides)
     try:
+        before = trainer.evaluate().by_task
+        trainer.train()
+        after = trainer.evaluate().by_task
         b, s = token_ids.shape
-        position_ids = torch.arange(s).expand(b, s)
         trainer.ddp.eval()
         with torch.no_grad():
-            output = trainer.trained.model(token_ids, position_ids, torch.ones_like(token_ids))
-        return output if trainer.topology.is_last_stage else None
+            logits = trainer.trained.model(token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids))
+        return {"before": before, "after": after, "logits": logits}
     finally:
         layout.destroy()
-
-
-def exists(path: str) -> bool:
-    """For tests of the pool itself."""
-    return Path(path).exists()

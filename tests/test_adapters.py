@@ -106,8 +106,9 @@ def test_no_rows_at_all_keeps_parameters_in_autograd(method: str) -> None:
 
 
 def test_all_load_on_one_expert_costs_most() -> None:
-    even = maths.load_balancing_loss(torch.full((4,), 0.25), torch.full((4,), 0.25), 0.01)
-    one = maths.load_balancing_loss(torch.eye(4)[0], torch.eye(4)[0], 0.01)
+    spec = AdapterSpec(num_lora_experts=4, topk=1)
+    even = maths.load_balancing_loss(spec, torch.full((4,), 3.0), torch.full((4,), 3.0))
+    one = maths.load_balancing_loss(spec, 12.0 * torch.eye(4)[0], 12.0 * torch.eye(4)[0])
     assert float(even) == pytest.approx(0.01)
     assert float(one) == pytest.approx(0.04)
 

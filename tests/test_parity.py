@@ -48,9 +48,15 @@ def global_steps(config: Config, llama_dir: Path, steps: int) -> list[list[Micro
     schedule = SampleSchedule([len(t.train) for t in tasks], [t.weight for t in config.data], config.seed)
     return [
         train_microbatches(
-            tasks, schedule, i * config.global_batch_size,
-            micro_batch_size=config.micro_batch_size, global_batch_size=config.global_batch_size,
-            data_parallel_rank=0, data_parallel_size=1, pad_token_id=tokenizer.pad_token_id, multiple_of=8,
+            tasks,
+            schedule,
+            i * config.global_batch_size,
+            micro_batch_size=config.micro_batch_size,
+            global_batch_size=config.global_batch_size,
+            data_parallel_rank=0,
+            data_parallel_size=1,
+            pad_token_id=tokenizer.pad_token_id,
+            multiple_of=8,
         )
         for i in range(steps)
     ]
@@ -58,9 +64,7 @@ def global_steps(config: Config, llama_dir: Path, steps: int) -> list[list[Micro
 
 def oracle(settings: list[str], llama_dir: Path, steps: int = STEPS) -> Record:
     config = load_config(None, settings)
-    record = OracleRun(llama_dir, config, config.seed).train(
-        global_steps(config, llama_dir, steps), config
-    )
+    record = OracleRun(llama_dir, config, config.seed).train(global_steps(config, llama_dir, steps), config)
     assert record.smallest_margin > TIE_MARGIN, "a token sits on a routing tie: choose another seed"
     return record
 
@@ -111,16 +115,16 @@ def compare_input_gradients(results: list[dict[str, Any]], expected: Record) -> 
     dp_size = 1 + max(r["place"]["dp"] for r in first)
     for step, grads in enumerate(expected.input_grads):
         for index, grad in enumerate(grads):
-            shards = sorted(
-                (r for r in first if r["place"]["dp"] == index % dp_size), key=lambda r: r["place"]["tp"]
-            )
+            shards = sorted((r for r in first if r["place"]["dp"] == index % dp_size), key=lambda r: r["place"]["tp"])
             got = torch.cat([r["input_grads"][step][index // dp_size] for r in shards]).transpose(0, 1)
             close(f"step {step}, input gradient of microbatch {index}", got, grad)
 
 
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_one_process(method: str, topk: int, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]) -> None:
+def test_one_process(
+    method: str, topk: int, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
+) -> None:
     if topk == 1 and method in ("lora", "asymmetric_lora"):
         pytest.skip("no router")
     settings = overrides(base_dir, task_files, f"method={method}", f"topk={topk}")
@@ -145,13 +149,17 @@ def test_expert_parallel_inside_a_larger_data_parallel_group(
 
 
 @pytest.mark.parametrize("method", ["lora", "asymmetric_lora"])
-def test_data_parallel(method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]) -> None:
+def test_data_parallel(
+    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
+) -> None:
     settings = overrides(base_dir, task_files, f"method={method}")
     compare(workers.run("train_and_record", 2, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tensor_parallel(method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]) -> None:
+def test_tensor_parallel(
+    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
+) -> None:
     settings = overrides(
         base_dir, task_files, f"method={method}", "tensor_model_parallel_size=2", "sequence_parallel=true"
     )
@@ -159,7 +167,9 @@ def test_tensor_parallel(method: str, workers: WorkerPool, base_dir: Path, llama
 
 
 @pytest.mark.parametrize("method", ["lora", "malora"])
-def test_pipeline_parallel(method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]) -> None:
+def test_pipeline_parallel(
+    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
+) -> None:
     settings = overrides(base_dir, task_files, f"method={method}", "pipeline_model_parallel_size=2")
     compare(workers.run("train_and_record", 2, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
 

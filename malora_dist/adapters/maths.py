@@ -88,24 +88,34 @@ def expert_forward(spec: AdapterSpec, params: Mapping[str, Tensor], z_WZ: Tensor
     return F.linear(u_WER.flatten(1), up_MER.flatten(1))
 
 
-def load_balancing_loss(fraction_N: Tensor, mean_probs_N: Tensor, coeff: float) -> Tensor:
-    """coeff * N * sum_e f_e p_e over one microbatch.
+def routing_sums(routing: Routing, valid_T: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(top-k slots that went to each expert [N], sum of router probabilities [N]) over the valid tokens.
 
     Args:
-        fraction_N: f_e, the share of the tokens' k slots that went to expert e (no gradient).
-        mean_probs_N: p_e, the mean router probability. Both are means over all non-padding
-            tokens of the microbatch: the product of averages, not the average of products.
+        valid_T: False on padding; None: all tokens are valid.
     """
-    return coeff * fraction_N.numel() * (fraction_N * mean_probs_N).sum()
+    probs_TN = routing.probs_TN
+    weights_T = torch.ones_like(probs_TN[:, 0]) if valid_T is None else valid_T.to(probs_TN.dtype)
+    topk = routing.experts_TK.shape[-1]
+    slots_N = probs_TN.new_zeros(probs_TN.shape[-1])
+    slots_N.index_add_(0, routing.experts_TK.reshape(-1), weights_T.repeat_interleave(topk))
+    return slots_N, weights_T @ probs_TN
 
 
-def expert_counts(routing: Routing, valid_T: Tensor | None = None) -> Tensor:
-    """Slots that went to each expert, over the tokens marked valid; the gates' dtype. [N]"""
-    num_experts, topk = routing.probs_TN.shape[-1], routing.experts_TK.shape[-1]
-    ones_T = torch.ones_like(routing.gates_TK[:, 0]) if valid_T is None else valid_T.to(routing.gates_TK.dtype)
-    weights = ones_T.detach().repeat_interleave(topk)
-    counts_N = weights.new_zeros(num_experts)
-    return counts_N.index_add_(0, routing.experts_TK.reshape(-1), weights)
+def load_balancing_loss(spec: AdapterSpec, slots_N: Tensor, prob_sums_N: Tensor) -> Tensor:
+    """aux_loss_coeff * N * sum_e f_e p_e over one microbatch. []
+
+    f_e is the share of the tokens' k slots that went to e, p_e the mean router probability. Both
+    are means over all non-padding tokens of the microbatch, so the sums have to be complete: the
+    product of averages is not the average of products.
+
+    Args:
+        slots_N, prob_sums_N: see :func:`routing_sums`; only the latter carries a gradient.
+    """
+    slots = slots_N.sum().clamp(min=1.0)
+    fraction_N = slots_N / slots
+    mean_probs_N = prob_sums_N * (spec.topk / slots)
+    return spec.aux_loss_coeff * spec.num_experts * (fraction_N * mean_probs_N).sum()
 
 
 def adapter_forward(
@@ -126,8 +136,4 @@ def adapter_forward(
         return expert_forward(spec, params, z_TZ, None), x_TI.new_zeros((), dtype=torch.float32)
     routing = route(router_logits(x_TI, params["router"]), spec.topk, spec.norm_topk_prob)
     y_TM = expert_forward(spec, params, z_TZ, dense_gates(routing))
-    ones_T = torch.ones_like(routing.gates_TK[:, 0]) if valid_T is None else valid_T.to(routing.gates_TK.dtype)
-    tokens = ones_T.sum().clamp(min=1.0)
-    fraction_N = expert_counts(routing, valid_T) / (tokens * spec.topk)
-    mean_probs_N = (routing.probs_TN * ones_T.unsqueeze(-1)).sum(dim=0) / tokens
-    return y_TM, load_balancing_loss(fraction_N, mean_probs_N, spec.aux_loss_coeff)
+    return y_TM, load_balancing_loss(spec, *routing_sums(routing, valid_T))

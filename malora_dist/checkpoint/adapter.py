@@ -31,6 +31,7 @@ from malora_dist.config import Config, save_config
 from malora_dist.errors import CheckpointError
 from malora_dist.models.adapted_linear import is_adapter_key
 from malora_dist.models.llama import LlamaModel
+from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 ADAPTER_FILE = "adapter.json"
@@ -137,7 +138,8 @@ def save_adapter_checkpoint(
         directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    dist_checkpointing.save(_sharded_state(trained, topology, is_loading=False), str(directory), strategy)
+    with without_expected_warnings():
+        dist_checkpointing.save(_sharded_state(trained, topology, is_loading=False), str(directory), strategy)
     if topology.rank == 0:
         info = {
             "format_version": FORMAT_VERSION,
@@ -164,7 +166,8 @@ def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) ->
     directory = checkpoint_dir(load)
     state = _sharded_state(trained, topology, is_loading=True)
     try:
-        loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
+        with without_expected_warnings():
+            loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
     except CheckpointingException as error:
         raise CheckpointError(f"{directory}: does not fit this run ({' '.join(str(error).split())})") from error
     trained.model.load_state_dict(loaded["model"], strict=False)
@@ -185,7 +188,8 @@ def load_base_weights(directory: Path, model: LlamaModel, topology: Topology) ->
         key: value for key, value in sharded.items() if not is_adapter_key(key) and not key.endswith("_extra_state")
     }
     try:
-        loaded = dist_checkpointing.load(base, str(directory))
+        with without_expected_warnings():
+            loaded = dist_checkpointing.load(base, str(directory))
     except CheckpointingException as error:
         raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(error).split())})") from error
     result = model.load_state_dict(loaded, strict=False)

@@ -43,7 +43,7 @@ from malora_dist.models.hf_conversion import (
     extra_state_keys,
     redundant_keys,
 )
-from malora_dist.parallel.device import expected_import_warnings
+from malora_dist.parallel.device import without_expected_warnings
 
 DEFAULT_SHARD_BYTES = 4 * 10**9
 
@@ -207,7 +207,7 @@ def read_adapter_weights(save_dir: Path) -> AdapterWeights:
         CheckpointError: not an adapter checkpoint, half-written, or its tensors are not those of
             the adapter it describes.
     """
-    with expected_import_warnings():  # imports megatron, which the other conversions do without
+    with without_expected_warnings():  # imports megatron, which the other conversions do without
         from malora_dist.checkpoint.adapter import read_adapter_info
     directory = checkpoint_dir(save_dir)
     info = read_adapter_info(directory)

@@ -208,10 +208,7 @@ class ProjectionAdapter(torch.nn.Module):
         if self._tp > 1:
             sums = reduce_from_tensor_model_parallel_region(sums, group=self._tp_group)
         slots_N, probs_N = sums.unbind(0)
-        tokens = (slots_N.detach().sum() / spec.topk).clamp(min=1.0)
-        aux_loss = maths.load_balancing_loss(
-            slots_N.detach() / (tokens * spec.topk), probs_N / tokens, spec.aux_loss_coeff
-        )
+        aux_loss = maths.load_balancing_loss(spec, slots_N.detach(), probs_N)
         if context.recording:
             entropy = -(torch.xlogy(routing.probs_TN, routing.probs_TN).sum(dim=-1) * valid_T).sum()
             context.record(self.site, counts_JN, entropy.detach(), aux_loss.detach())

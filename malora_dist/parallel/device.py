@@ -47,9 +47,12 @@ _MODULES = (
     "megatron.core.utils",
 )
 
-#: Warnings megatron-core gives at import where these optional packages are missing, which is the
-#: normal state of a CPU machine; the start-up banner states what is in use instead.
+#: Warnings megatron-core causes by itself: at import, that optional packages are missing, which is
+#: the normal state of a CPU machine (the start-up banner states what is in use instead); and in its
+#: checkpointing, that it calls deprecated functions of torch.
 _EXPECTED_WARNINGS = (
+    ".*`load_state_dict` is deprecated.*|.*`save_state_dict` is deprecated.*",
+    ".*we are deprecating ShardedTensor.*",
     ".*[Tt]ransformer[ _][Ee]ngine.*",
     ".*[Aa]pex.*",
     ".*ModelOpt.*|.*modelopt.*",
@@ -130,8 +133,8 @@ def choose_device(device: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def expected_import_warnings() -> Iterator[None]:
-    """Import megatron-core inside this: its warnings about packages a machine need not have are left out."""
+def without_expected_warnings() -> Iterator[None]:
+    """Import megatron-core and call its checkpointing inside this; all other warnings are shown."""
     with warnings.catch_warnings():
         for pattern in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=pattern)
@@ -140,7 +143,7 @@ def expected_import_warnings() -> Iterator[None]:
 
 def adapt_megatron(device: torch.device) -> None:
     """Make megatron-core run on ``device``: nothing to do on CUDA, the adaptation above on a CPU."""
-    with expected_import_warnings():
+    with without_expected_warnings():
         modules: list[ModuleType] = [importlib.import_module(name) for name in _MODULES]
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -85,11 +85,7 @@ class BatchSource:
 
     def describe(self) -> str:
         """One line per task for the start-up banner."""
-        lines = []
-        for task in self._tasks:
-            counts = ", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in task.report.items() if number)
-            lines.append(f"task {task.name}: weight {task.weight:g}, {counts}")
-        return "\n".join(lines)
+        return "\n".join(f"task        {task.report}" for task in self._tasks)
 
     def _on_device(self, microbatch: Microbatch) -> Microbatch:
         device = self._topology.device

@@ -1,0 +1,55 @@
+"""The PEFT config of the tuner: the fields of AdapterSpec, plus what PEFT and provenance need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from peft.config import PeftConfig
+
+from malora_dist.adapters.spec import PROJECTIONS, AdapterSpec
+from malora_dist.errors import ConfigError
+
+METHODS = ("molora", "malora")
+
+
+class MaloraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own PeftType; StrEnum prints without the class name
+    """The tuner's entry in PEFT's tables; equal to, and hashed as, the string in adapter_config.json."""
+
+    MALORA = "MALORA"
+
+
+@dataclass
+class MaloraConfig(PeftConfig, AdapterSpec):
+    """Config of a token-routed adapter, with the field names of :class:`AdapterSpec`.
+
+    `target_modules` takes Hugging Face names, megatron names, or PEFT's ``"all-linear"``; it is
+    kept (and saved) as a sorted list of Hugging Face names.
+
+    Raises:
+        ConfigError: a field holds a value that cannot work.
+    """
+
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "further modules to train and save whole, as in PEFT"}
+    )
+    base_fingerprint: str = field(default="", metadata={"help": "fingerprint of the base the adapter was trained on"})
+    seed: int = field(default=1234, metadata={"help": "seeds the start values"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MaloraPeftType.MALORA
+        if self.method not in METHODS:
+            raise ConfigError(
+                "method", self.method, f"must be {' or '.join(METHODS)} in a MaloraConfig",
+                "use peft.LoraConfig for the methods without a router",
+            )
+        if self.target_modules in (None, "all-linear"):
+            self.target_modules = list(PROJECTIONS)
+        if isinstance(self.target_modules, str):
+            raise ConfigError(
+                "target_modules", self.target_modules, "must be a list of projections", f'use ["{PROJECTIONS[0]}", ...]'
+            )
+        self.target_modules = list(self.target_modules)
+        self.validate_adapter()
+        self.target_modules = sorted(self.projections)

@@ -1,0 +1,128 @@
+"""Writing a trained adapter as a PEFT directory: adapter_config.json + adapter_model.safetensors.
+
+lora and asymmetric_lora become ordinary PEFT LoRA, which stock PEFT loads without this package;
+molora and malora become this package's tuner (``import malora_dist.hf`` before loading).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.errors import CheckpointError
+from malora_dist.hf.config import MaloraConfig
+from malora_dist.hf.keys import check_tensors, saved_key
+
+#: (0-based layer number, Hugging Face projection name, parameter name)
+TensorKey = tuple[int, str, str]
+_FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
+
+
+def write_peft_adapter(
+    directory: Path,
+    spec: AdapterSpec,
+    tensors: Mapping[TensorKey, Tensor],
+    base_model_name_or_path: str,
+    base_fingerprint: str,
+) -> None:
+    """Write an adapter in PEFT's format: all of it, or nothing.
+
+    Args:
+        directory: new, empty, or an earlier export, which is replaced.
+        tensors: every parameter of every adapted projection of every layer, unsharded, shaped as
+            :meth:`AdapterSpec.parameter_shape`. Layers have to be numbered without gaps.
+        base_model_name_or_path: where PEFT finds the base.
+        base_fingerprint: kept in the safetensors metadata, and in the config of molora and malora.
+
+    Raises:
+        CheckpointError: missing, unexpected or misshapen tensors (all listed), or a directory that
+            holds something else.
+    """
+    directory = directory.resolve()
+    _check_complete(spec, tensors)
+    _check_replaceable(directory)
+    config = _peft_config(spec, base_model_name_or_path, base_fingerprint)
+    # clone(): safetensors refuses tensors that share memory, as the copies of a fused projection do
+    state = {saved_key(spec, *key): t.detach().cpu().contiguous().clone() for key, t in sorted(tensors.items())}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        save_file(state, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt", "base_fingerprint": base_fingerprint})
+        config.save_pretrained(str(temporary))
+        _replace(directory, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerprint: str) -> PeftConfig:
+    if spec.is_mixture:
+        return MaloraConfig(
+            **spec.adapter_fields(), task_type="CAUSAL_LM", inference_mode=True,
+            base_model_name_or_path=base_model_name_or_path, base_fingerprint=base_fingerprint,
+        )
+    config = LoraConfig(
+        r=spec.lora_rank,
+        lora_alpha=spec.lora_alpha,  # type: ignore[arg-type] # annotated int, but any number works
+        use_rslora=spec.use_rslora,
+        lora_dropout=spec.lora_dropout,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base_model_name_or_path,
+    )
+    config.target_modules = sorted(spec.projections)  # a set, if given to the constructor: saved in any order
+    return config
+
+
+def _check_complete(spec: AdapterSpec, tensors: Mapping[TensorKey, Tensor]) -> None:
+    """Check keys and shapes, the widths of a projection being those of its first complete layer."""
+    layers = range(max((layer for layer, _, _ in tensors), default=0) + 1)
+    input_name = "S" if spec.method == "malora" else "A"
+    expected: dict[str, tuple[int, ...]] = {}
+    for projection in spec.projections:
+        inputs = [tensors[i, projection, input_name] for i in layers if (i, projection, input_name) in tensors]
+        outputs = [tensors[i, projection, "B"] for i in layers if (i, projection, "B") in tensors]
+        in_features = inputs[0].shape[-1] if inputs else 0
+        out_features = outputs[0].shape[-2] if outputs and outputs[0].dim() > 1 else 0
+        for name in spec.parameter_names:
+            shape = spec.parameter_shape(name, in_features, out_features)
+            expected |= {_readable((i, projection, name)): shape for i in layers}
+    found = {_readable(key): t.shape for key, t in tensors.items()}
+    check_tensors("adapter export", expected, found, "export an adapter of exactly this spec, unsharded")
+
+
+def _readable(key: TensorKey) -> str:
+    return f"layers.{key[0]}.{key[1]}.{key[2]}"
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Refuse a path that holds anything but an earlier export."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: is not a directory; name another one")
+    others = sorted({path.name for path in directory.iterdir()} - _FILES)
+    if others:
+        raise CheckpointError(
+            f"{directory}: holds {others[0]!r}, which is no part of an export; name another directory or empty it"
+        )
+
+
+def _replace(directory: Path, new: Path) -> None:
+    """Put `new` in the place of `directory`. A reader never meets a half-written export."""
+    if directory.exists():
+        old = new.with_suffix(".old")
+        directory.rename(old)
+        new.rename(directory)
+        shutil.rmtree(old)
+    else:
+        new.rename(directory)

@@ -1,0 +1,55 @@
+"""Names of an adapter's tensors in a Hugging Face Llama, and the strict comparison PEFT lacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.errors import CheckpointError
+
+#: What PEFT puts before the base model's own module names in a saved adapter.
+SAVED_PREFIX = "base_model.model."
+
+_SHOWN = 8
+
+
+def saved_key(spec: AdapterSpec, layer_number: int, projection: str, name: str) -> str:
+    """Key of one tensor in adapter_model.safetensors, e.g. ``....q_proj.malora_S`` or ``....q_proj.lora_A.weight``."""
+    block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+    suffix = f"malora_{name}" if spec.is_mixture else f"lora_{name}.weight"
+    return f"{SAVED_PREFIX}model.layers.{layer_number}.{block}.{projection}.{suffix}"
+
+
+def check_tensors(
+    source: str, expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], cure: str
+) -> None:
+    """Check that `found` has exactly the expected keys and shapes.
+
+    Args:
+        source: what `found` is, the start of the error message.
+        expected: {key: shape}. `found` likewise.
+        cure: what the user can do about it, the end of the error message.
+
+    Raises:
+        CheckpointError: one line listing missing keys, unexpected keys and other shapes.
+    """
+    shapes = [
+        f"{key} is {list(found[key])} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and tuple(found[key]) != tuple(shape)
+    ]
+    problems = (
+        _listing("missing", expected.keys() - found.keys()),
+        _listing("unexpected", found.keys() - expected.keys()),
+        _listing("of another shape", shapes),
+    )
+    if any(problems):
+        raise CheckpointError(f"{source}: {'; '.join(filter(None, problems))}; {cure}")
+
+
+def _listing(kind: str, items: Iterable[str]) -> str:
+    names = sorted(items)
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}"

@@ -1,0 +1,121 @@
+"""One adapted linear: the frozen base plus token-routed experts, by the maths of malora_dist.adapters."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from malora_dist.adapters import maths
+from malora_dist.adapters.init import initial_parameter
+from malora_dist.adapters.maths import Routing
+from malora_dist.errors import MaloraError
+from malora_dist.hf.config import MaloraConfig
+
+PARAMETERS = ("router", "S", "P", "A", "B")
+
+
+class RoutedTokens(NamedTuple):
+    """What one adapter on one linear did with the tokens of a forward pass."""
+
+    config: MaloraConfig
+    routing: Routing
+    trains_router: bool
+
+
+class MaloraLayer(nn.Module, BaseTunerLayer):
+    """Wraps a linear and adds the active adapters' output to it.
+
+    Parameters lie in ParameterDicts keyed by adapter name, one per kind (``malora_S`` and so on),
+    all experts in one tensor, shaped as :meth:`AdapterSpec.parameter_shape`, float32 whatever the
+    base's dtype.
+    """
+
+    adapter_layer_names = tuple(f"malora_{name}" for name in PARAMETERS)
+    other_param_names = ("adapter_configs",)
+
+    #: Where forward notes its routings while the tuner wants the load-balancing loss. The loss itself
+    #: is taken outside, where the padding mask is known, so that a recomputed forward (gradient
+    #: checkpointing) repeats exactly the operations of the first.
+    routing_log: list[RoutedTokens] | None = None
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_configs: dict[str, MaloraConfig] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: MaloraConfig, layer_number: int, projection: str) -> None:
+        """Add an adapter at its start values; the tuner activates it.
+
+        Args:
+            layer_number: 0-based number of the layer in the model.
+            projection: Hugging Face name of this linear, e.g. ``q_proj``.
+        """
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        self.adapter_configs[adapter_name] = config
+        for name in config.parameter_names:
+            value = initial_parameter(
+                config, name, base.in_features, base.out_features, config.seed, layer_number, projection
+            )
+            getattr(self, f"malora_{name}")[adapter_name] = nn.Parameter(value.to(base.weight.device))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the active adapters'. x [..., n] -> [..., m], in the base output's dtype."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.adapter_configs:
+                result = result + self._delta(adapter_name, x, result.dtype)
+        return result
+
+    def _delta(self, adapter_name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        config = self.adapter_configs[adapter_name]
+        params = {name: getattr(self, f"malora_{name}")[adapter_name] for name in config.parameter_names}
+        # Autocast would also take the router to the low precision: it is off, and the experts run in the
+        # dtype the base has just computed in (x's own dtype, or autocast's).
+        with torch.autocast(x.device.type, enabled=False):
+            x_TI = x.reshape(-1, x.shape[-1])
+            routing = maths.route(maths.router_logits(x_TI, params["router"]), config.topk, config.norm_topk_prob)
+            dropped_x_TI = F.dropout(x_TI, config.lora_dropout, self.training).to(dtype)
+            z_TZ = maths.project(config, params, dropped_x_TI)
+            y_TM = maths.expert_forward(config, params, z_TZ, maths.dense_gates(routing))
+        if self.routing_log is not None:
+            self.routing_log.append(RoutedTokens(config, routing, params["router"].requires_grad))
+        return y_TM.view(*x.shape[:-1], -1)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused.
+
+        Raises:
+            MaloraError: always.
+        """
+        raise unmergeable()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's hook, without its cast to the base's dtype: float32 adapters would lose bits on a bf16 base."""
+        target = device if device is not None else self.get_base_layer().weight.device
+        for name in self.adapter_layer_names:
+            parameters = getattr(self, name)
+            if adapter_name in parameters and not parameters[adapter_name].is_meta:
+                parameters[adapter_name] = parameters[adapter_name].to(target)
+
+    def __repr__(self) -> str:
+        return "malora." + super().__repr__()
+
+
+def unmergeable() -> MaloraError:
+    """The answer to every way of asking for a merge."""
+    return MaloraError(
+        "merge: a token-routed adapter has no static merged weight, every token takes its own experts; "
+        "keep the adapter beside the base, unload() it, or train method=lora for a mergeable one"
+    )
