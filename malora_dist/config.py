@@ -265,6 +265,9 @@ def _check_training(c: Config) -> None:
         raise ConfigError(
             "lr_warmup_iters", c.lr_warmup_iters, f"must be below train_iters={c.train_iters}", "lower it"
         )
+    for key in ("save", "tensorboard_dir"):
+        if Path(getattr(c, key)).is_file():
+            raise ConfigError(key, getattr(c, key), "is a file, must be a directory", "name another")
     if c.save_interval and not c.save:
         raise ConfigError("save_interval", c.save_interval, "has no effect without save", "set save=DIR")
 
@@ -285,7 +288,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         key, equals, text = item.partition("=")
         if not equals:
             raise ConfigError("command line", item, "is not of the form key=value", "write for example lr=1e-3")
-        _assign(config, key, _parse_value(key, text))
+        _assign(config, key, _parse_value(key, text) if text else "")
     try:
         loaded = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # a ${...} that leads nowhere

@@ -30,13 +30,14 @@ def main() -> None:
 
     config.validate(layout.world_size_from_env())
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    topology = layout.initialize(config, config.seed)
-    try:
-        with without_expected_warnings():
+    with without_expected_warnings():
+        topology = layout.initialize(config, config.seed)
+        try:
             from malora_dist.training.trainer import Trainer
-        Trainer(config, topology).train()
-    finally:
-        layout.destroy()
+
+            Trainer(config, topology).train()
+        finally:
+            layout.destroy()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The adapter maths against a literal loop over tokens and experts, written from DESIGN section 2.
+"""The adapter maths against a literal loop over tokens and experts, written from the formulas in README.md.
 
 float64, so that only a different formula can differ; tolerance 1e-10 of an entry.
 """
@@ -114,7 +114,7 @@ def test_all_load_on_one_expert_costs_most() -> None:
 
 
 class TestStartValues:
-    """DESIGN section 2: B zero, S_A orthonormal, entries of P_t S_A with the variance of LoRA's A."""
+    """B zero, S_A orthonormal, entries of P_t S_A with the variance of LoRA's A."""
 
     spec = AdapterSpec(num_lora_experts=8)
 
@@ -175,7 +175,7 @@ class TestSpec:
 
 
 class TestBudget:
-    """The figures of DESIGN section 2, for one square layer 4096 wide."""
+    """Known figures for one square layer 4096 wide, routers left out."""
 
     widths = {"q_proj": (4096, 4096)}  # noqa: RUF012
 

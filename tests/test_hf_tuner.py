@@ -27,7 +27,7 @@ METHODS = ("molora", "malora")
 def literal_layer(
     config: MaloraConfig, params: dict[str, Tensor], x_TI: Tensor, valid_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """DESIGN section 2, token by token and expert by expert: (delta [T, M], load-balancing loss [])."""
+    """The formulas of README.md, token by token and expert by expert: (delta [T, M], load-balancing loss [])."""
     rows, counts, probabilities = [], torch.zeros(config.num_lora_experts), torch.zeros(config.num_lora_experts)
     for x, valid in zip(x_TI, valid_T, strict=True):
         p = torch.softmax(params["router"].float() @ x.float(), dim=0)

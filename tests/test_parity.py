@@ -36,7 +36,8 @@ def overrides(base: Path, files: list[Path], *more: str) -> list[str]:
     return [
         f"pretrained_checkpoint={base}", f"data=[{data}]", "device=cpu", "seq_length=48", "validation_samples=8",
         "micro_batch_size=2", "global_batch_size=16", "lr=0.01", "weight_decay=0.1", "clip_grad=1.0",
-        "lr_decay_style=constant", "adam_eps=1e-3", "num_lora_experts=4", "topk=2", "lora_rank=4", "shared_dim=6", "aux_loss_coeff=0.1",
+        "lr_decay_style=constant", "adam_eps=1e-3",
+        "num_lora_experts=4", "topk=2", "lora_rank=4", "shared_dim=6", "aux_loss_coeff=0.1",
         *more,
     ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Processes that stay alive across tests, so that torch and megatron are imported once.
 
-A job is a module-level function of tests/jobs.py. Each run joins a fresh gloo world of the wanted
-size and leaves it again.
+A job is a module-level function of tests/jobs.py, or of tests/MODULE.py when named MODULE:FUNCTION.
+Each run joins a fresh gloo world of the wanted size and leaves it again.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         os.environ.update(environment)
+        module, _, function = name.rpartition(":")
         try:
-            result = ("ok", getattr(importlib.import_module("tests.jobs"), name)(**kwargs))
+            result = ("ok", getattr(importlib.import_module(f"tests.{module or 'jobs'}"), function)(**kwargs))
         except BaseException:  # noqa: BLE001  whatever it is, the parent shall see it
             result = ("error", traceback.format_exc())
         connection.send_bytes(_pack(result))
@@ -61,7 +62,7 @@ class WorkerPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, job: str, world_size: int, **kwargs: Any) -> list[Any]:
-        """Run ``tests.jobs.<job>(**kwargs)`` on ``world_size`` ranks; their results by rank."""
+        """Run the job with ``kwargs`` on ``world_size`` ranks; their results by rank."""
         while len(self._workers) < world_size:
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(there,), daemon=False)

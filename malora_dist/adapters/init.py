@@ -23,14 +23,14 @@ def keyed_generator(seed: int, *key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def _kaiming_uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Kaiming-uniform with a = sqrt(5) as torch.nn.Linear and PEFT's LoRA A: variance 1 / (3 fan_in)."""
+def _kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Of a matrix: Kaiming-uniform with a = sqrt(5) as in PEFT's LoRA A, variance 1 / (3 fan_in)."""
     bound = 1.0 / math.sqrt(shape[1])
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def _orthonormal_rows(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Rows orthonormal; with more rows than columns, columns orthonormal."""
+def _orthonormal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Of a matrix: rows orthonormal; with more rows than columns, columns orthonormal."""
     return torch.nn.init.orthogonal_(torch.empty(shape), generator=generator)
 
 

@@ -24,7 +24,7 @@ PROJECTIONS: tuple[str, ...] = tuple(p for fused in MEGATRON_LINEARS.values() fo
 
 @dataclass
 class AdapterSpec:
-    """Which adapter is put on which projections (DESIGN: one concept, four methods).
+    """Which adapter is put on which projections (one concept, four methods).
 
     ======================  ===========================================================
     method                  y = W0 x + ...
@@ -82,7 +82,7 @@ class AdapterSpec:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """Names of one adapter's parameters, in the order of DESIGN section 2."""
+        """Names of one adapter's parameters, in the order in which x meets them."""
         return {
             "lora": ("A", "B"),
             "asymmetric_lora": ("A", "B"),

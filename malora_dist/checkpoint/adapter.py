@@ -24,9 +24,11 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
+from malora_dist.checkpoint.tensor_files import TorchDistReader
 from malora_dist.config import Config, save_config
 from malora_dist.errors import CheckpointError
 from malora_dist.models.adapted_linear import is_adapter_key
@@ -75,13 +77,15 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
     file = directory / ADAPTER_FILE
     if not file.is_file():
         raise CheckpointError(
-            f"{directory}: is not an adapter checkpoint or is half-written, {ADAPTER_FILE} is missing"
+            f"{directory}: is not an adapter checkpoint or is half-written, {ADAPTER_FILE} is missing; "
+            "name the `save` directory of a run, or copy it again"
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
-                f"{file}: format_version {raw['format_version']}, this version reads {FORMAT_VERSION}"
+                f"{file}: format_version={raw['format_version']!r}, this version reads {FORMAT_VERSION}; "
+                "use the version that wrote it"
             )
         return AdapterInfo(
             spec=AdapterSpec(**raw["spec"]),
@@ -90,22 +94,22 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
             iteration=raw["iteration"],
             num_layers=raw["num_layers"],
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
 
 
 def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) -> None:
-    """Refuse a checkpoint of another base or another adapter.
+    """Refuse a checkpoint of another base or another adapter, or a half-written one.
 
     Raises:
-        CheckpointError: naming what differs and both values.
+        CheckpointError: naming what differs and both values, or the file that is missing or cut off.
     """
     info = read_adapter_info(directory)
     if info.base_fingerprint != base.fingerprint:
         raise CheckpointError(
             f"{directory}: was trained on another base ({info.base_name_or_path}, fingerprint "
-            f"{info.base_fingerprint[:12]}) than pretrained_checkpoint holds ({base.hf_model_name_or_path}, fingerprint {base.fingerprint[:12]}); "
-            "name that base"
+            f"{info.base_fingerprint[:12]}) than pretrained_checkpoint holds ({base.hf_model_name_or_path}, "
+            f"fingerprint {base.fingerprint[:12]}); name that base"
         )
     for key in _IDENTITY:
         saved = info.spec.projections if key == "target_modules" else getattr(info.spec, key)
@@ -114,6 +118,10 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
             raise CheckpointError(
                 f"{directory}: has {key}={saved!r}, the config says {wanted!r}; set it to the checkpoint's"
             )
+    for name in ("metadata.json", "common.pt"):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory}: is half-written, {name} is missing; write or copy it again")
+    TorchDistReader(directory)  # checks the data files
 
 
 def _sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> dict[str, Any]:
@@ -165,16 +173,24 @@ def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) ->
     """
     directory = checkpoint_dir(load)
     state = _sharded_state(trained, topology, is_loading=True)
-    try:
-        with without_expected_warnings():
-            loaded = dist_checkpointing.load(state, str(directory), strict=StrictHandling.RAISE_ALL)
-    except CheckpointingException as error:
-        raise CheckpointError(f"{directory}: does not fit this run ({' '.join(str(error).split())})") from error
+    loaded = _load_sharded(state, directory, StrictHandling.RAISE_ALL, "resume with the config.yaml in it")
     trained.model.load_state_dict(loaded["model"], strict=False)
     trained.optimizer.load_state_dict(loaded["optimizer"])
     trained.scheduler.load_state_dict(loaded["scheduler"])
     trained.iteration = loaded["progress"]["iteration"]
     trained.consumed_samples = loaded["progress"]["consumed_samples"]
+
+
+def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling, cure: str) -> dict[str, Any]:
+    """dist_checkpointing.load; a checkpoint that does not fit is a CheckpointError with this cure."""
+    try:
+        with without_expected_warnings():
+            return dist_checkpointing.load(state, str(directory), strict=strict)
+    except CheckpointingException as error:
+        cause: BaseException = error
+    except CheckpointException as error:  # torch's, with what each rank met
+        cause, _ = next(iter(error.failures.values()))
+    raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(cause).split())}); {cure}") from cause
 
 
 def load_base_weights(directory: Path, model: LlamaModel, topology: Topology) -> None:
@@ -187,12 +203,10 @@ def load_base_weights(directory: Path, model: LlamaModel, topology: Topology) ->
     base = {
         key: value for key, value in sharded.items() if not is_adapter_key(key) and not key.endswith("_extra_state")
     }
-    try:
-        with without_expected_warnings():
-            loaded = dist_checkpointing.load(base, str(directory))
-    except CheckpointingException as error:
-        raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(error).split())})") from error
+    loaded = _load_sharded(base, directory, StrictHandling.ASSUME_OK_UNEXPECTED, "convert the model again")
     result = model.load_state_dict(loaded, strict=False)
     missing = [key for key in result.missing_keys if not is_adapter_key(key) and not key.endswith("_extra_state")]
     if missing or result.unexpected_keys:
-        raise CheckpointError(f"{directory}: missing keys {missing}, unexpected keys {result.unexpected_keys}")
+        raise CheckpointError(
+            f"{directory}: missing keys {missing}, unexpected keys {result.unexpected_keys}; convert the model again"
+        )

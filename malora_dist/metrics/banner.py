@@ -29,7 +29,7 @@ def memory_estimate(model: LlamaModel, config: Config, hf: LlamaConfig, topology
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     width = 2 if config.bf16 else 4
-    kv = hf.num_key_value_heads * hf.head_dim
+    _, kv = projection_widths(hf)["k_proj"]
     per_token = (8 * hf.hidden_size + 3 * kv + 4 * hf.intermediate_size) * width / topology.tp_size
     layers = hf.num_hidden_layers / topology.pp_size
     tokens = config.micro_batch_size * config.seq_length * topology.pp_size

@@ -3,7 +3,7 @@
 One adapter per Hugging Face projection, also inside megatron's fused qkv and fc1. Where each
 parameter lives and how megatron is told (``sequence_parallel``: sum the gradient over TP;
 ``allreduce=False``: average it over expert-data-parallel ranks only; ``tensor_model_parallel``:
-a shard, not a replica) stands in :func:`placement`, DESIGN section 5 in code.
+a shard, not a replica) stands in :func:`placement`, the table of docs/architecture.md in code.
 
 Shape suffixes: S sequence on this rank, B batch, T = S * B tokens, I input width n on this rank,
 M output width m on this rank, Z width of z, N experts, E experts of this rank, J tasks.
@@ -67,7 +67,7 @@ class Placement:
 
 
 def placement(spec: AdapterSpec, name: str, style: Style) -> Placement:
-    """DESIGN section 5, one row per parameter.
+    """The table of docs/architecture.md, one row per parameter.
 
     MoLoRA's A is kept whole on every TP rank (a departure from the table: its input is x itself,
     which crosses TP hidden-wide either way, and the whole A_t needs no second reduction).
@@ -296,6 +296,7 @@ class _Adapters(torch.nn.ModuleDict):
     ) -> dict[str, ShardedTensor]:
         sharded: dict[str, ShardedTensor] = {}
         for projection, adapter in self.items():
+            assert isinstance(adapter, ProjectionAdapter)
             sharded.update(adapter.sharded_state_dict(f"{prefix}{projection}.", sharded_offsets, metadata))
         return sharded
 

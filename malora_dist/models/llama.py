@@ -180,6 +180,8 @@ def transformer_config(hf: LlamaConfig, topology: Topology, sequence_parallel: b
 
 def projection_widths(hf: LlamaConfig) -> dict[str, tuple[int, int]]:
     """Full (in_features, out_features) of the seven projections of a layer."""
+    assert hf.head_dim is not None, "transformers fills it in"
+    assert hf.num_key_value_heads is not None, "transformers fills it in"
     h, f = hf.hidden_size, hf.intermediate_size
     q, kv = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
     return {

@@ -22,14 +22,14 @@ def _all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
     ) -> Tensor:
         ctx.route = (send, receive, group)
         return _all_to_all(rows, send, receive, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         send, receive, group = ctx.route
         return _all_to_all(grad, receive, send, group), None, None, None
 

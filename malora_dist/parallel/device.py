@@ -53,6 +53,7 @@ _MODULES = (
 _EXPECTED_WARNINGS = (
     ".*`load_state_dict` is deprecated.*|.*`save_state_dict` is deprecated.*",
     ".*we are deprecating ShardedTensor.*",
+    ".*(all_gather|reduce_scatter)(_into|_tensor|_base).* is deprecated.*",
     ".*[Tt]ransformer[ _][Ee]ngine.*",
     ".*[Aa]pex.*",
     ".*ModelOpt.*|.*modelopt.*",

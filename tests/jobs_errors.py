@@ -1,0 +1,40 @@
+"""Jobs of tests/test_errors.py."""
+
+from __future__ import annotations
+
+import io
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from typing import NamedTuple
+from unittest.mock import patch
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: object
+    stdout: str
+    stderr: str
+
+
+def train_main(arguments: list[str]) -> Ended:
+    """``python -m malora_dist.train ARGUMENTS``, in this process; ranks do not wait for rank 0 to speak first."""
+    from malora_dist import train
+
+    stdout, stderr = io.StringIO(), io.StringIO()
+    code: object = 0
+    with (
+        patch.object(sys, "argv", ["malora_dist.train", *arguments]),
+        patch("malora_dist.errors.time.sleep"),
+        redirect_stdout(stdout),
+        redirect_stderr(stderr),
+    ):
+        try:
+            train.main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:  # noqa: BLE001  as Python does it; the pool lives on
+            traceback.print_exc()
+            code = 1
+    return Ended(code, stdout.getvalue(), stderr.getvalue())
