@@ -6,6 +6,7 @@ setup_env
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 step "ruff"
 python -m ruff check .
+python -m ruff format --check .
 step "mypy"
 python -m mypy
 step "pytest"

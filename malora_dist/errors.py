@@ -61,7 +61,7 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
         except MaloraError as error:
             rank = int(os.environ.get("RANK", "0"))
             if rank != 0:
-                time.sleep(3.0)
+                time.sleep(15.0)
             prefix = f"[rank {rank}] " if rank != 0 else ""
             print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_CODE)

@@ -182,9 +182,7 @@ def test_writer_holds_few_tensors_at_a_time(tmp_path: Path) -> None:
         alive.append(weakref.ref(tensor))
         return tensor
 
-    layers = [
-        [TensorChunk(key, torch.float32, (50, 5), (i, 0), (1, 5), load) for key in ("a", "b")] for i in range(50)
-    ]
+    layers = [[TensorChunk(key, torch.float32, (50, 5), (i, 0), (1, 5), load) for key in ("a", "b")] for i in range(50)]
     write_torch_dist(tmp_path / "ckpt", layers)
     assert len(alive) == 100
     assert most <= 4, "tensors of earlier layers are still in memory"
@@ -254,7 +252,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path, change: Callable, 
         ({"quantization_config": {"quant_method": "gptq"}}, "must be None; use the unquantised model"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type='yarn', must be one of"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type='dynamic'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "transformers refuses it (\"Missing required keys"),
+        ({"rope_parameters": {"rope_type": "linear"}}, 'transformers refuses it ("Missing required keys'),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"hidden_size": "big"}, "transformers refuses it (Validation error for field 'hidden_size'"),
     ],

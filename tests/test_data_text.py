@@ -236,9 +236,7 @@ def test_chat_template_that_writes_bos_and_eos(tmp_path: Path, tokenizer: PreTra
         ([*CHAT[:2], {"role": "assistant", "content": " "}], "message 3: content=' ': an assistant must say something"),
     ],
 )
-def test_chat_record_errors(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, messages: object, message: str
-) -> None:
+def test_chat_record_errors(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, messages: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(write(tmp_path / "c.jsonl", {"messages": messages}), tokenizer)
 

@@ -27,8 +27,13 @@ METHODS = ("lora", "asymmetric_lora", "molora", "malora")
 
 def spec_of(method: str) -> AdapterSpec:
     return AdapterSpec(
-        method=method, target_modules=["v_proj", "linear_fc2", "q_proj"], lora_rank=4, lora_alpha=6.0, use_rslora=True,
-        num_lora_experts=4, shared_dim=6,
+        method=method,
+        target_modules=["v_proj", "linear_fc2", "q_proj"],
+        lora_rank=4,
+        lora_alpha=6.0,
+        use_rslora=True,
+        num_lora_experts=4,
+        shared_dim=6,
     )
 
 

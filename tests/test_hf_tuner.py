@@ -79,7 +79,9 @@ def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], to
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
-        ("malora", {}), ("molora", {}), ("malora", {"topk": 1}),
+        ("malora", {}),
+        ("molora", {}),
+        ("malora", {"topk": 1}),
         ("malora", {"norm_topk_prob": False, "use_rslora": True}),
     ],
 )
@@ -117,7 +119,10 @@ def test_start_values_are_those_of_the_other_side_and_leave_the_base_unchanged(m
 def test_only_adapters_train_and_saved_target_modules_are_sorted(tmp_path: Path) -> None:
     model = adapted(target_modules={"v_proj", "linear_fc2", "q_proj"})
     assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {
-        "malora_router", "malora_S", "malora_P", "malora_B",
+        "malora_router",
+        "malora_S",
+        "malora_P",
+        "malora_B",
     }
     model.save_pretrained(tmp_path)
     assert MaloraConfig.from_pretrained(tmp_path).target_modules == ["down_proj", "q_proj", "v_proj"]
@@ -339,9 +344,19 @@ def train(
 ) -> tuple[float, dict[str, Tensor]]:
     """One optimizer step of transformers' Trainer over all rows: (logged loss, trained parameters)."""
     arguments = TrainingArguments(
-        output_dir=str(directory), per_device_train_batch_size=len(rows) // accumulation, max_steps=1, logging_steps=1,
-        gradient_accumulation_steps=accumulation, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, report_to=[],
-        save_strategy="no", use_cpu=True, disable_tqdm=True, lr_scheduler_type="constant",
+        output_dir=str(directory),
+        per_device_train_batch_size=len(rows) // accumulation,
+        max_steps=1,
+        logging_steps=1,
+        gradient_accumulation_steps=accumulation,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=Samples(rows))
     trainer.train()

@@ -33,7 +33,7 @@ LAYERS = {
     "data": Layer("errors config"),
     "checkpoint": Layer("errors adapters config parallel models", megatron=True),
     "metrics": Layer("config parallel models checkpoint"),
-    "training": Layer("config parallel dispatch models data checkpoint metrics", megatron=True),
+    "training": Layer("errors config parallel dispatch models data checkpoint metrics", megatron=True),
     "hf": Layer("errors adapters config data"),
     "train": Layer("errors config parallel training"),
 }

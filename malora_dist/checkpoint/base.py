@@ -1,10 +1,10 @@
 """A converted base on disk, and directories that appear only when they are complete.
 
-    DIR/
-        latest_checkpointed_iteration.txt   0
-        iter_0000000/                       megatron-core `torch_dist` checkpoint of the base
-        hf/                                 config, tokenizer and generation config of the original
-        malora_base.json                    :class:`BaseInfo`
+DIR/
+    latest_checkpointed_iteration.txt   0
+    iter_0000000/                       megatron-core `torch_dist` checkpoint of the base
+    hf/                                 config, tokenizer and generation config of the original
+    malora_base.json                    :class:`BaseInfo`
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def checkpoint_dir(path: Path) -> Path:
         raise CheckpointError(f"{path}: is not a directory; name a checkpoint's directory")
     tracker = path / TRACKER_FILE
     if not tracker.is_file():
+        if path.name.startswith("iter_"):
+            raise CheckpointError(f"{path}: is one iteration of a checkpoint; name its parent {path.parent}")
         reason = "is half-written" if any(path.glob("iter_*")) else "is not a checkpoint"
         raise CheckpointError(f"{path}: {reason}, {TRACKER_FILE} is missing; write or copy it again")
     iteration = tracker.read_text(encoding="utf-8").strip()

@@ -73,7 +73,7 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _parse(line, path, number)
+                    yield f"{path}:{number}", _parse(line.rstrip(), path, number)
 
 
 def _parse(raw: bytes, path: Path, line: int) -> Any:

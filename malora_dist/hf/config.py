@@ -41,7 +41,9 @@ class MaloraConfig(PeftConfig, AdapterSpec):
         self.peft_type = MaloraPeftType.MALORA
         if self.method not in METHODS:
             raise ConfigError(
-                "method", self.method, f"must be {' or '.join(METHODS)} in a MaloraConfig",
+                "method",
+                self.method,
+                f"must be {' or '.join(METHODS)} in a MaloraConfig",
                 "use peft.LoraConfig for the methods without a router",
             )
         if self.target_modules in (None, "all-linear"):

@@ -78,7 +78,9 @@ def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected |= {key: present[key] for key in tensors if key in present}  # embeddings saved with the adapter
     check_tensors(
-        str(directory), {k: t.shape for k, t in expected.items()}, {k: t.shape for k, t in tensors.items()},
+        str(directory),
+        {k: t.shape for k, t in expected.items()},
+        {k: t.shape for k, t in tensors.items()},
         "the adapter is incomplete or was trained on another base",
     )
     set_peft_model_state_dict(model, tensors)
@@ -169,8 +171,16 @@ def _generate(
     stops = model.generation_config.eos_token_id
     stops = {*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id} - {None}
     tokens = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1,
-        temperature=None, top_p=None, top_k=None, eos_token_id=sorted(stops), pad_token_id=pad,
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        eos_token_id=sorted(stops),
+        pad_token_id=pad,
     )
     return [_decode(tokenizer, row) for row in tokens[:, ids.shape[1] :].tolist()]
 
@@ -243,8 +253,10 @@ def _show(scores: dict[str, dict[str, Score]], console: Console) -> None:
     for task, by_variant in scores.items():
         results = by_variant.values()
         table.add_row(
-            task, str(next(iter(results)).samples),
-            *(f"{s.exact_match:.1%}" for s in results), *(f"{s.answer_loss:.4f}" for s in results),
+            task,
+            str(next(iter(results)).samples),
+            *(f"{s.exact_match:.1%}" for s in results),
+            *(f"{s.answer_loss:.4f}" for s in results),
         )
     console.print(table)
     for task, by_variant in scores.items():

@@ -67,8 +67,11 @@ def write_peft_adapter(
 def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerprint: str) -> PeftConfig:
     if spec.is_mixture:
         return MaloraConfig(
-            **spec.adapter_fields(), task_type="CAUSAL_LM", inference_mode=True,
-            base_model_name_or_path=base_model_name_or_path, base_fingerprint=base_fingerprint,
+            **spec.adapter_fields(),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            base_model_name_or_path=base_model_name_or_path,
+            base_fingerprint=base_fingerprint,
         )
     config = LoraConfig(
         r=spec.lora_rank,

@@ -47,7 +47,9 @@ class MaloraModel(BaseTuner):
         match = re.search(r"\blayers\.(\d+)\.", current_key)
         if match is None:
             raise ConfigError(
-                "target_modules", target_name, f"matches {current_key}, which lies in no numbered layer",
+                "target_modules",
+                target_name,
+                f"matches {current_key}, which lies in no numbered layer",
                 "adapt a Llama-family model",
             )
         layer_number = int(match[1])
@@ -59,7 +61,9 @@ class MaloraModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         else:
             raise ConfigError(
-                "target_modules", target_name, f"matches {current_key}, a {type(target).__name__}",
+                "target_modules",
+                target_name,
+                f"matches {current_key}, a {type(target).__name__}",
                 "only torch.nn.Linear can be adapted",
             )
 
@@ -131,7 +135,9 @@ def _auxiliary_loss(
     for config, routing, trains_router in log:
         if trains_router and torch.is_grad_enabled() and not routing.probs_TN.requires_grad:
             raise ConfigError(
-                "use_reentrant", True, "reentrant gradient checkpointing hides the load-balancing loss from autograd",
+                "use_reentrant",
+                True,
+                "reentrant gradient checkpointing hides the load-balancing loss from autograd",
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}',
             )
         valid_T = _valid_tokens(attention_mask, batch_size, routing.probs_TN)
@@ -145,7 +151,8 @@ def _valid_tokens(attention_mask: Tensor | None, batch_size: int, probs_TN: Tens
         return None
     if attention_mask.dim() != 2:
         raise ConfigError(
-            "attention_mask", tuple(attention_mask.shape),
+            "attention_mask",
+            tuple(attention_mask.shape),
             "must be of shape [batch, sequence], so that the load-balancing loss can skip padding",
             "pass such a mask, or set aux_loss_coeff=0",
         )

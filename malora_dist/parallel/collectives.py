@@ -22,9 +22,7 @@ def _all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group
 
 class _AllToAllRows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
         ctx.route = (send, receive, group)
         return _all_to_all(rows, send, receive, group)
 

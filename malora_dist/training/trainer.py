@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from malora_dist.checkpoint.adapter import (
     Trained,
@@ -25,6 +25,7 @@ from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
 from malora_dist.dispatch.factory import make_dispatcher
+from malora_dist.errors import CheckpointError
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.clock import Clock
 from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
@@ -54,8 +55,7 @@ class Trainer:
         self.hf = read_llama_config(hf_dir(base_path))
         if config.load:
             check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
-        tokenizer = AutoTokenizer.from_pretrained(str(hf_dir(base_path)))
-        self.batches = BatchSource(config, tokenizer, topology)
+        self.batches = BatchSource(config, _load_tokenizer(hf_dir(base_path)), topology)
 
         self.context = RoutingContext(num_tasks=len(config.data))
         self.dispatcher = make_dispatcher(config.dispatch, config.num_experts, topology.ep_group, topology.device)
@@ -82,6 +82,8 @@ class Trainer:
         self.logger.message(self.batches.describe())
         if trained.iteration:
             self.logger.message(f"resumed from {config.load} at iteration {trained.iteration}")
+        if trained.iteration >= last:
+            self.logger.message(f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters")
         clock = Clock()
         while trained.iteration < last:
             is_logged = (trained.iteration + 1) % config.log_interval == 0 or trained.iteration + 1 == last
@@ -190,3 +192,17 @@ class Trainer:
         scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items() if loss == loss}
         self.logger.scalars(scalars, iteration)
         self.logger.routing(routing, iteration)
+
+
+def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The base's tokenizer.
+
+    Raises:
+        CheckpointError: its files are missing or broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(directory))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        cure = "import a model that has its tokenizer files"
+        raise CheckpointError(f"{directory}: its tokenizer cannot be read ({reason}); {cure}") from error
