@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import malora_dist.hf  # noqa: F401 - registers the tuner
 from malora_dist.config import TaskConfig
@@ -70,7 +72,9 @@ def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(str(directory))
         config.inference_mode = True
-        model = PeftModelForCausalLM(base, config)
+        with warnings.catch_warnings():  # PEFT asks transformers for a name that was renamed
+            warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
+            model = PeftModelForCausalLM(base, config)
         tensors = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot be loaded ({_first_line(error)}); export it again") from error
@@ -288,6 +292,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Entry point of tools/evaluate.py."""
     arguments = _arguments()
+    logging.disable_progress_bar()  # of loading weights: the scoring has its own
     if arguments.compare and arguments.adapter is None:
         raise ConfigError("--compare", True, "compares an adapter with its base", "name the adapter with --adapter DIR")
     if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
