@@ -19,10 +19,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from malora_dist.adapters.spec import METHODS
+from malora_dist.checkpoint.convert import import_hf
 from malora_dist.config import Config, load_config
 from malora_dist.data.batches import Microbatch, train_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
+from tests.conftest import write_llama
 from tests.oracle import OracleRun, Record
 from tests.workers import WorkerPool
 
@@ -184,3 +186,26 @@ def test_tensor_and_expert_parallel(
         "expert_model_parallel_size=2",
     )  # fmt: skip
     compare(workers.run("train_and_record", 4, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
+
+
+def test_adapters_on_some_projections_only(
+    workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
+) -> None:
+    """k and v inside the fused qkv, up inside fc1, and fc2: the others get no delta."""
+    settings = overrides(
+        base_dir, task_files, "target_modules=[k_proj,v_proj,up_proj,linear_fc2]", "expert_model_parallel_size=2"
+    )
+    compare(workers.run("train_and_record", 2, overrides=settings, steps=1), oracle(settings, llama_dir, steps=1))
+
+
+def test_tied_embeddings_and_a_padded_vocabulary_over_tensor_and_pipeline_ranks(
+    workers: WorkerPool, task_files: list[Path], tmp_path: Path
+) -> None:
+    """51 tokens on TP=2 are padded to 52; the padding must get no probability."""
+    llama = write_llama(tmp_path / "llama", vocab_size=51, tie_word_embeddings=True)
+    import_hf(llama, tmp_path / "megatron")
+    settings = overrides(
+        tmp_path / "megatron", task_files, "tensor_model_parallel_size=2", "sequence_parallel=true",
+        "pipeline_model_parallel_size=2",
+    )  # fmt: skip
+    compare(workers.run("train_and_record", 4, overrides=settings, steps=2), oracle(settings, llama, steps=2))

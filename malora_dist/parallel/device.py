@@ -2,8 +2,8 @@
 
 megatron-core names CUDA in its code (``device="cuda"``, ``torch.cuda.current_device()``, CUDA RNG
 states). On a CPU run the modules listed in ``_MODULES`` get a view of ``torch`` in which those
-names mean the CPU; ``torch`` itself, and every other library, stays as it is. Seen to be enough
-for DDP, the optimizers, the pipeline schedules, sequence parallelism, recompute and distributed
+names mean the CPU; ``torch`` itself, and every other library, stays as it is. The tests show that
+this is enough for DDP, the optimizers, the pipeline schedule, sequence parallelism and distributed
 checkpoints with megatron-core 0.16.1.
 """
 
@@ -75,6 +75,14 @@ class _CpuCuda:
     @staticmethod
     def synchronize(*_: object) -> None:
         """Nothing runs asynchronously on a CPU."""
+
+    @staticmethod
+    def current_stream(*_: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def stream(*_: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     @staticmethod
     def empty_cache() -> None:

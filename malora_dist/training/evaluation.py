@@ -14,7 +14,7 @@ from malora_dist.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class TaskLosses:
-    """Mean answer loss per task (nan where no answer token was seen) and over all answer tokens."""
+    """Mean answer loss per task, of those that had an answer token, and over all answer tokens."""
 
     by_task: dict[str, float]
     overall: float
@@ -30,9 +30,8 @@ def mean_losses(sums: Sequence[Tensor], task_names: Sequence[str], topology: Top
         total += one.double()
     for group in (topology.dp_group, topology.pp_group):  # the earlier stages add zeros
         dist.all_reduce(total, group=group)
-    losses = (total[:, 0] / total[:, 1]).tolist()
-    overall = float(total[:, 0].sum() / total[:, 1].sum())
-    return TaskLosses(dict(zip(task_names, losses, strict=True)), overall)
+    by_task = {name: float(loss / tokens) for name, (loss, tokens) in zip(task_names, total, strict=True) if tokens > 0}
+    return TaskLosses(by_task, overall=float(total[:, 0].sum() / total[:, 1].sum()))
 
 
 def format_losses(losses: TaskLosses) -> str:

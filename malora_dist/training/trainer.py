@@ -130,12 +130,14 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> TaskLosses:
-        """Mean answer loss of each task's validation split; logged."""
+        """Mean answer loss of each task's validation split; logged. Tasks without one are left out."""
         self.ddp.eval()
         sums: list[Tensor] = []
         for microbatches in self.batches.validation():
             sums.extend(self._run(microbatches, forward_only=True))
         losses = mean_losses(sums, self.batches.task_names, self.topology)
+        if not losses.by_task:
+            return losses
         self.logger.message(f"validation at iteration {self.trained.iteration}: {format_losses(losses)}")
         scalars = {f"lm loss validation/{name}": loss for name, loss in losses.by_task.items()}
         self.logger.scalars({"lm loss validation": losses.overall, **scalars}, self.trained.iteration)
@@ -189,7 +191,7 @@ class Trainer:
         self.logger.message(progress_line(iteration, config.train_iters, figures, seconds))
         scalars = {"lm loss": losses.overall, "learning-rate": lr, "grad-norm": grad_norm,
                    "throughput": tokens_per_second, "iteration-time": seconds}  # fmt: skip
-        scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items() if loss == loss}
+        scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items()}
         self.logger.scalars(scalars, iteration)
         self.logger.routing(routing, iteration)
 
