@@ -6,6 +6,7 @@ Each run joins a fresh gloo world of the wanted size and leaves it again.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import multiprocessing
@@ -46,6 +47,10 @@ def _serve(connection: Connection) -> None:
         except BaseException:  # noqa: BLE001  whatever it is, the parent shall see it
             result = ("error", traceback.format_exc())
         connection.send_bytes(_pack(result))
+        # Process groups live as long as anything refers to them, a cycle is enough; every gloo group
+        # has threads that wake a hundred times a second, and hundreds of them slow all later jobs.
+        del result
+        gc.collect()
 
 
 def _free_port() -> int:
