@@ -448,7 +448,7 @@ def run_process(*arguments: str) -> Ended:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)

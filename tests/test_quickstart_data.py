@@ -185,7 +185,7 @@ def test_split_files_refuses_two_files_of_one_name_and_a_single_record(quickstar
 def test_quickstart_refuses_wrong_arguments_in_one_line_before_installing(arguments: list[str], message: str) -> None:
     result = subprocess.run(
         ["bash", str(ROOT / "launch" / "quickstart.sh"), *arguments],
-        capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python"},
+        capture_output=True, text=True, timeout=300, env={"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python"},
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")
@@ -201,7 +201,7 @@ def test_set_up_refuses_an_unsupported_python_in_one_line(tmp_path: Path) -> Non
     (tmp_path / "launch" / "setup_env.sh").write_text((ROOT / "launch" / "setup_env.sh").read_text())
     result = subprocess.run(
         ["bash", "-c", "set -euo pipefail; . launch/setup_env.sh; setup_env"],
-        capture_output=True, text=True, timeout=20, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": str(old)},
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHON": str(old)},
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == (
