@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,7 +20,8 @@ from tests.workers import WorkerPool
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 +-*/=:,.?#"
 
 
@@ -28,6 +31,17 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("no shared/ folder with real models and data beside the checkout")
     return SHARED
+
+
+@pytest.fixture
+def convert_tool() -> ModuleType:
+    """tools/convert_hf.py as a module."""
+    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -64,20 +63,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def tool() -> ModuleType:
-    """tools/convert_hf.py as a module."""
-    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_tool(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+def run_tool(convert_tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["convert_hf.py", *map(str, arguments)])
-    tool.main()
+    convert_tool.main()
 
 
 # --- the map
@@ -127,11 +115,11 @@ def test_roundtrip_is_exact(tmp_path: Path, fields: dict) -> None:
 
 
 def test_roundtrip_of_a_real_model(
-    tmp_path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, convert_tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not STORIES.is_dir():
         pytest.skip("needs the folder shared/ beside the checkout")
-    run_tool(tool, monkeypatch, "roundtrip", "--hf-model", STORIES, "--hf-path", tmp_path / "back")
+    run_tool(convert_tool, monkeypatch, "roundtrip", "--hf-model", STORIES, "--hf-path", tmp_path / "back")
     assert f"47 tensors of {STORIES} are equal bit by bit" in capsys.readouterr().out
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (STORIES / name).read_bytes()
@@ -370,10 +358,10 @@ def test_only_an_earlier_result_is_replaced(tmp_path: Path, llama: Path, base: P
 
 
 def test_tool_reports_errors_in_one_line(
-    tmp_path: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, convert_tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        run_tool(tool, monkeypatch, "import", "--hf-model", tmp_path, "--megatron-path", tmp_path / "base")
+        run_tool(convert_tool, monkeypatch, "import", "--hf-model", tmp_path, "--megatron-path", tmp_path / "base")
     assert capsys.readouterr().err == (
         f"error: {tmp_path}: has no config.json; name the directory of a Hugging Face Llama\n"
     )
@@ -427,17 +415,17 @@ def test_adapter_weights_are_read_from_any_layout(tmp_path: Path, base: Path, me
 
 
 def test_adapter_export_refuses_another_base(
-    tmp_path: Path, llama: Path, base: Path, tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, llama: Path, base: Path, convert_tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     make_adapter_checkpoint(tmp_path / "save", AdapterSpec(target_modules=["q_proj", "down_proj"]), base)
     arguments = ("export-adapter", "--megatron-path", tmp_path / "save", "--hf-path", tmp_path / "peft", "--hf-model")
-    run_tool(tool, monkeypatch, *arguments, llama)
+    run_tool(convert_tool, monkeypatch, *arguments, llama)
     assert "exported 16 tensors of iteration 100" in capsys.readouterr().out
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(llama)
     other = edited(llama, tmp_path / "other", lambda tensors: tensors["model.norm.weight"].add_(1))
     with pytest.raises(SystemExit, match="2"):
-        run_tool(tool, monkeypatch, *arguments, other)
+        run_tool(convert_tool, monkeypatch, *arguments, other)
     assert "but the adapter was trained on" in capsys.readouterr().err
 
 

@@ -7,7 +7,6 @@ here as the user sees them; "..." is any text.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -486,17 +485,6 @@ def test_torchrun_says_it_once(broken_data: Path, base_dir: Path, tmp_path: Path
     assert re.search("exitcode *: 2", ended.stderr)
     check_refused(ended._replace(code=2, stderr=f"{ours[0]}\n"), f"{broken_data}:2: not valid JSON ...", save)
     assert ended.code == 1
-
-
-@pytest.fixture
-def convert_tool() -> ModuleType:
-    """tools/convert_hf.py as a module."""
-    spec = importlib.util.spec_from_file_location("convert_hf", ROOT / "tools" / "convert_hf.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_import_of_another_model(
