@@ -35,6 +35,7 @@ setup(
         "tqdm",
         "rich",
         "numpy",
+        "packaging",
         "psutil",  # megatron-core saves checkpoints with it without asking for it
     ],
     extras_require={"dev": ["pytest", "ruff", "mypy"]},

@@ -23,6 +23,8 @@ from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import ConfigError
 
 DISPATCHERS = ("auto", "local", "all_to_all", "fastmoe")
+ADAMS = ("auto", "torch", "transformer_engine", "apex")
+ATTENTIONS = ("auto", "sdpa", "transformer_engine")
 DATA_FORMATS = ("auto", "alpaca", "gsm8k", "completion", "messages")
 LR_DECAY_STYLES = ("constant", "linear", "cosine")
 
@@ -74,10 +76,25 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = _key(1, "TP; above 1 needs sequence_parallel")
     pipeline_model_parallel_size: int = _key(1, "PP, number of pipeline stages")
+    virtual_pipeline_model_parallel_size: int = _key(
+        1, "model chunks per pipeline rank; above 1 the stages are interleaved, which shortens the pipeline's bubble"
+    )
+    decoder_first_pipeline_num_layers: int = _key(0, "layers on the first pipeline rank; 0: as many as on the others")
+    decoder_last_pipeline_num_layers: int = _key(0, "layers on the last pipeline rank; 0: as many as on the others")
     expert_model_parallel_size: int = _key(1, "EP, ranks that share the experts; divides DP and num_lora_experts")
     sequence_parallel: bool = _key(False, "shard activations over the sequence between TP regions")
     dispatch: str = _key("auto", "`auto` (local at EP=1, else all_to_all), `local`, `all_to_all` or `fastmoe`")
     device: str = _key("auto", "`auto`, `cpu` (gloo) or `cuda` (nccl)")
+    attention_implementation: str = _key("auto", "`auto`, `sdpa` (torch's) or `transformer_engine` (CUDA, bf16)")
+    use_distributed_optimizer: bool = _key(False, "shard the optimizer's state over the data-parallel ranks (ZeRO 1)")
+    recompute_granularity: str = _key(
+        "none", "`none`; `full`: keep the inputs of whole layers and run them again in backward; `selective`: of parts"
+    )
+    recompute_method: str = _key("uniform", "full: `uniform` (all layers, in units) or `block` (the first layers)")
+    recompute_num_layers: int = _key(1, "full: layers per unit (uniform), or layers recomputed per stage (block)")
+    recompute_modules: list[str] = _key(
+        ["core_attn"], "selective: `core_attn`, `mlp` (without pipeline stages) or both"
+    )
     distributed_timeout_minutes: int = _key(10, "collectives that wait longer abort the run")
 
 
@@ -88,6 +105,7 @@ class DataConfig:
     data: list[TaskConfig] = _key([], "list of tasks, see the task keys")
     seq_length: int = _key(512, "longest sequence in tokens, prompt and answer together")
     overlong: str = _key("truncate", "samples above seq_length: `truncate` the prompt's start, `drop`, or `error`")
+    packing: bool = _key(False, "put several samples into one row of seq_length positions; they do not see one another")
     validation_samples: int = _key(64, "samples held out per task that names no validation_path; 0: none")
 
 
@@ -96,8 +114,8 @@ class TrainConfig:
     """Optimisation, evaluation, checkpoints and logging."""
 
     train_iters: int = _key(1000, "optimizer steps")
-    micro_batch_size: int = _key(1, "sequences per rank and forward pass")
-    global_batch_size: int = _key(8, "sequences per optimizer step, over all ranks")
+    micro_batch_size: int = _key(1, "rows per rank and forward pass; a row is a sample, with packing several")
+    global_batch_size: int = _key(8, "samples per optimizer step, over all ranks")
     lr: float = _key(3e-4, "peak learning rate")
     min_lr: float = _key(0.0, "learning rate at the end of the decay")
     lr_decay_style: str = _key("cosine", "`constant`, `linear` or `cosine`")
@@ -106,6 +124,7 @@ class TrainConfig:
     adam_beta1: float = _key(0.9, "AdamW's beta1")
     adam_beta2: float = _key(0.999, "AdamW's beta2")
     adam_eps: float = _key(1e-8, "AdamW's epsilon")
+    adam_implementation: str = _key("auto", "`auto`, `torch`, `transformer_engine` or `apex` (FusedAdam, CUDA)")
     clip_grad: float = _key(1.0, "clip the global gradient norm to this; 0: off")
     seed: int = _key(1234, "seeds start values, data order and dropout")
     eval_interval: int = _key(100, "steps between evaluations; 0: only at the end")
@@ -130,6 +149,8 @@ class Config(AdapterSpec, ModelConfig, ParallelConfig, DataConfig, TrainConfig):
         """
         self.validate_adapter()
         _check_layout(self, world_size)
+        _check_pipeline(self, self.data_parallel_size(world_size))
+        _check_recompute(self)
         _check_data(self)
         _check_training(self)
 
@@ -196,16 +217,91 @@ def _check_layout(c: Config, world_size: int) -> None:
             f"keeps tokens on their rank, but expert_model_parallel_size={ep}",
             "use dispatch=all_to_all",
         )
+    if c.dispatch == "fastmoe" and c.method == "molora" and tp > 1:
+        raise ConfigError(
+            "dispatch",
+            "fastmoe",
+            f"cannot sum MoLoRA's inner values over tensor_model_parallel_size={tp}",
+            "use dispatch=all_to_all",
+        )
     if c.device not in ("auto", "cpu", "cuda"):
         raise ConfigError("device", c.device, "must be auto, cpu or cuda", "choose one of them")
+    _check_one_of(c, "attention_implementation", ATTENTIONS)
     if c.micro_batch_size < 1:
         raise ConfigError("micro_batch_size", c.micro_batch_size, "must be at least 1", "raise it")
-    if c.global_batch_size < 1 or c.global_batch_size % (c.micro_batch_size * dp):
+    if c.packing:  # the number of microbatches follows from the samples' lengths
+        if c.global_batch_size < 1:
+            raise ConfigError("global_batch_size", c.global_batch_size, "must be at least 1", "raise it")
+    elif c.global_batch_size < 1 or c.global_batch_size % (c.micro_batch_size * dp):
         raise ConfigError(
             "global_batch_size",
             c.global_batch_size,
             f"must be a positive multiple of micro_batch_size={c.micro_batch_size} times the data-parallel size {dp}",
             f"a multiple of {c.micro_batch_size * dp} works",
+        )
+
+
+def _check_one_of(c: Config, key: str, values: Sequence[str]) -> None:
+    if getattr(c, key) not in values:
+        raise ConfigError(key, getattr(c, key), f"must be one of {', '.join(values)}", "choose one of them")
+
+
+def _check_pipeline(c: Config, dp: int) -> None:
+    """What needs no knowledge of the base; its number of layers is checked when it is read."""
+    pp, vpp = c.pipeline_model_parallel_size, c.virtual_pipeline_model_parallel_size
+    if vpp < 1:
+        raise ConfigError("virtual_pipeline_model_parallel_size", vpp, "must be at least 1", "set 1 to switch it off")
+    for key in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+        layers = getattr(c, key)
+        if layers < 0:
+            raise ConfigError(key, layers, "must not be negative", "set 0 for equal stages")
+        if layers and pp == 1:
+            raise ConfigError(key, layers, "needs pipeline_model_parallel_size above 1", "set it to 0")
+        if layers % vpp:
+            cure = "choose a multiple"
+            raise ConfigError(key, layers, f"must be divisible by virtual_pipeline_model_parallel_size={vpp}", cure)
+    if vpp == 1:
+        return
+    if pp == 1:
+        cure = "set it to 1"
+        raise ConfigError(
+            "virtual_pipeline_model_parallel_size", vpp, "needs pipeline_model_parallel_size above 1", cure
+        )
+    unit = c.micro_batch_size * dp * pp
+    if not c.packing and c.global_batch_size % unit:
+        raise ConfigError(
+            "global_batch_size",
+            c.global_batch_size,
+            f"must, with interleaved stages, be a multiple of micro_batch_size={c.micro_batch_size} times the "
+            f"data-parallel size {dp} times pipeline_model_parallel_size={pp}",
+            f"a multiple of {unit} works",
+        )
+
+
+def _check_recompute(c: Config) -> None:
+    choices = {
+        "recompute_granularity": ("none", "full", "selective"),
+        "recompute_method": ("uniform", "block"),
+    }
+    for key, allowed in choices.items():
+        if getattr(c, key) not in allowed:
+            raise ConfigError(key, getattr(c, key), f"must be one of {', '.join(allowed)}", "choose one of them")
+    if c.recompute_num_layers < 1:
+        raise ConfigError("recompute_num_layers", c.recompute_num_layers, "must be at least 1", "raise it")
+    for module in c.recompute_modules:
+        if module not in ("core_attn", "mlp"):
+            raise ConfigError("recompute_modules", module, "must be core_attn or mlp", "remove it")
+    if c.recompute_granularity != "selective":
+        return
+    if not c.recompute_modules:
+        raise ConfigError("recompute_modules", [], "needs core_attn or mlp", "name one or both")
+    if "mlp" in c.recompute_modules and c.pipeline_model_parallel_size > 1:
+        # By then the stage has gone on to other microbatches, whose padding the adapters would count.
+        raise ConfigError(
+            "recompute_modules",
+            "mlp",
+            f"cannot be recomputed with pipeline_model_parallel_size={c.pipeline_model_parallel_size}",
+            "use recompute_granularity=full",
         )
 
 
@@ -243,6 +339,7 @@ def _check_training(c: Config) -> None:
         raise ConfigError(
             "lr_decay_style", c.lr_decay_style, f"must be one of {', '.join(LR_DECAY_STYLES)}", "choose one of them"
         )
+    _check_one_of(c, "adam_implementation", ADAMS)
     if not (c.lr > 0 and math.isfinite(c.lr)):
         raise ConfigError("lr", c.lr, "must be positive and finite", "3e-4 is a usual value")
     if not 0 <= c.min_lr <= c.lr:

@@ -10,6 +10,7 @@ import logging
 
 from malora_dist.config import load_config
 from malora_dist.errors import exit_on_user_error
+from malora_dist.parallel.versions import check_versions
 
 
 def _parse() -> argparse.Namespace:
@@ -23,6 +24,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Load the config, build the layout, train."""
     arguments = _parse()
+    check_versions()
     config = load_config(arguments.config, arguments.overrides)
     # torch and megatron take seconds to import: a wrong config is reported before.
     from malora_dist.parallel import topology as layout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from malora_dist.config import Config, load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
-from tests.oracle import start_value
+from tests.oracle import start_of_up_projection
 
 Shard = tuple[tuple[slice, ...], tuple[int, ...], Tensor]
 
@@ -26,47 +28,76 @@ def _trainer(overrides: list[str]) -> Any:
     return Trainer(config, topology)
 
 
-def _oracle_key(key: str) -> str:
-    """`decoder.layers.3.mlp.linear_fc2.adapters.down_proj.B` -> `layers.3.down_proj.B` (layer number local)."""
-    parts = key.split(".")
-    return f"layers.{parts[2]}.{parts[-2]}.{parts[-1]}"
-
-
 def _adapter_shards(trainer: Any) -> dict[str, tuple[Any, tuple[slice, ...], tuple[int, ...]]]:
-    """Per adapter parameter: the parameter, where its shard lies in the full tensor, the full shape."""
+    """Per adapter parameter: the parameter, where its shard lies in the full tensor, the full shape.
+
+    Keys are ``layers.<number in the model>.<adapter>.<parameter>``.
+    """
     from malora_dist.models.adapted_linear import is_adapter_key
 
     found = {}
-    model = trainer.trained.model
-    for key, sharded in model.sharded_state_dict(metadata={"dp_cp_group": trainer.topology.dp_group}).items():
-        if not is_adapter_key(key):
-            continue
-        layer, *offset = sharded.global_offset
-        where = tuple(slice(o, o + n) for o, n in zip(offset, sharded.data.shape, strict=True))
-        parts = _oracle_key(key).split(".")
-        found[".".join(["layers", str(layer), *parts[2:]])] = (sharded.data, where, sharded.global_shape[1:])
+    for chunk in trainer.trained.model:
+        for key, sharded in chunk.sharded_state_dict(metadata={"dp_cp_group": trainer.topology.dp_group}).items():
+            if is_adapter_key(key):
+                layer, *offset = sharded.global_offset
+                where = tuple(slice(o, o + n) for o, n in zip(offset, sharded.data.shape, strict=True))
+                name = ".".join(["layers", str(layer), *key.split(".")[-2:]])
+                found[name] = (sharded.data, where, sharded.global_shape[1:])
     return found
 
 
 def _randomise_up_projections(trainer: Any) -> None:
     """B starts at zero; parity tests start it at :func:`tests.oracle.start_value`, on every layout."""
-    from malora_dist.models.llama import projection_widths
-
-    widths = projection_widths(trainer.hf)
-    for key, (parameter, where, _) in _adapter_shards(trainer).items():
-        _, layer, projection, name = key.split(".")
-        if name == "B":
-            full = start_value(trainer.config, trainer.config.seed, int(layer), projection, name, *widths[projection])
-            parameter.data.copy_(full[where])
+    for key, (parameter, where, shape) in _adapter_shards(trainer).items():
+        if key.split(".")[-1].startswith("B"):
+            parameter.data.copy_(start_of_up_projection(trainer.config.seed, key, shape)[where])
 
 
-def train_and_record(overrides: list[str], steps: int, randomise: bool = True) -> dict[str, Any]:
-    """Train ``steps`` steps; this rank's losses, norms, input gradients, and shards of gradients and parameters."""
+def _keep_dropout_masks(trainer: Any, masks: list[tuple[str, str, Tensor]]) -> None:
+    """From now on note (site, style, multipliers [s * b, n]) of every call of an adapter's dropout."""
+    from malora_dist.models.adapted_linear import Adapter
+
+    for chunk in trainer.trained.model:
+        for module in chunk.modules():
+            if isinstance(module, Adapter):
+
+                def drop(x: Tensor, module: Any = module, dropout: Any = module._dropout) -> Tensor:
+                    dropped = dropout(x)
+                    masks.append((module.site, module.style, (dropped / x).detach().nan_to_num(1.0)))
+                    return dropped
+
+                module._dropout = drop
+
+
+def train_and_record(
+    overrides: list[str],
+    steps: int,
+    randomise: bool = True,
+    keep_inputs: bool = True,
+    keep_masks: bool = False,
+    sabotage: str = "",
+) -> dict[str, Any]:
+    """Train ``steps`` steps; this rank's losses, norms, input gradients, and shards of gradients and parameters.
+
+    Args:
+        keep_inputs: record the gradient of the embeddings; it makes their output a leaf that wants a gradient.
+        keep_masks: record what dropout did.
+        sabotage: a function of tests/sabotage.py that breaks the code while the job runs.
+    """
+    with importlib.import_module("tests.sabotage").apply(sabotage) if sabotage else contextlib.nullcontext():
+        return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
+
+
+def _train_and_record(
+    overrides: list[str], steps: int, randomise: bool, keep_inputs: bool, keep_masks: bool
+) -> dict[str, Any]:
     trainer = _trainer(overrides)
     try:
         if randomise:
             _randomise_up_projections(trainer)
-        result: dict[str, Any] = {"losses": [], "grad_norms": [], "grads": [], "input_grads": []}
+        result: dict[str, Any] = {"losses": [], "grad_norms": [], "grads": [], "input_grads": [], "masks": []}
+        if keep_masks:
+            _keep_dropout_masks(trainer, result["masks"])
         inputs: list[Tensor] = []
         scales: list[float] = []
 
@@ -75,8 +106,8 @@ def train_and_record(overrides: list[str], steps: int, randomise: bool = True) -
             inputs.append(kwargs["hidden_states"])
             return args, kwargs
 
-        if trainer.topology.is_first_stage:
-            trainer.trained.model.decoder.register_forward_pre_hook(keep_input, with_kwargs=True)
+        if keep_inputs and trainer.topology.is_first_stage:
+            trainer.trained.model[0].decoder.register_forward_pre_hook(keep_input, with_kwargs=True)
         step_optimizer = trainer.trained.optimizer.step
 
         def step_and_keep_gradients() -> Any:
@@ -88,7 +119,7 @@ def train_and_record(overrides: list[str], steps: int, randomise: bool = True) -
 
         trainer.trained.optimizer.step = step_and_keep_gradients
         count = trainer.batches.global_token_counts
-        trainer.batches.global_token_counts = lambda m: (scales.append(count(m)[0]), count(m))[1]
+        trainer.batches.global_token_counts = lambda m: (scales.append(count(m).answer_tokens), count(m))[1]
         for _ in range(steps):
             inputs.clear()
             losses, grad_norm, _ = trainer.train_step()
@@ -106,15 +137,22 @@ def train_and_record(overrides: list[str], steps: int, randomise: bool = True) -
         layout.destroy()
 
 
-def train_with_cli(overrides: list[str]) -> list[tuple[int, float]]:
-    """The whole run as train.py does it; the logged (iteration, loss) pairs of this rank's steps."""
+def train_with_cli(overrides: list[str], forget_optimizer: bool = False) -> list[tuple[int, float]]:
+    """The whole run as train.py does it; the logged (iteration, loss) pairs of this rank's steps.
+
+    Args:
+        forget_optimizer: empty Adam's state before the first step.
+    """
     trainer = _trainer(overrides)
     try:
+        if forget_optimizer:
+            for part in getattr(trainer.trained.optimizer, "chained_optimizers", [trainer.trained.optimizer]):
+                part.optimizer.state.clear()
         seen: list[tuple[int, float]] = []
         train_step = trainer.train_step
 
-        def step(record_routing: bool = False) -> Any:
-            result = train_step(record_routing)
+        def step(record: bool = False) -> Any:
+            result = train_step(record)
             seen.append((trainer.trained.iteration, result[0].overall))
             return result
 
@@ -170,9 +208,28 @@ def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
         trainer.train()
         after = trainer.evaluate().by_task
         b, s = token_ids.shape
-        trainer.ddp.eval()
+        for chunk in trainer.ddp:
+            chunk.eval()
         with torch.no_grad():
-            logits = trainer.trained.model(token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids))
+            logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids)[None])
         return {"before": before, "after": after, "logits": logits}
+    finally:
+        layout.destroy()
+
+
+def count_traffic(overrides: list[str]) -> dict[str, Any]:
+    """One recorded step: the bytes this rank moved by group, its microbatches' shapes, the widths of its gradients."""
+    trainer = _trainer(overrides)
+    try:
+        shapes = [tuple(m.tokens_BS.shape) for m in trainer.batches.train(0)]
+        trainer.train_step(record=True)
+        trainable = [p for chunk in trainer.trained.model for p in chunk.parameters() if p.requires_grad]
+        return {
+            "bytes": dict(trainer.traffic.bytes),
+            "shapes": shapes,
+            "replicated": sum(p.numel() for p in trainable if p.allreduce),
+            "experts": sum(p.numel() for p in trainable if not p.allreduce),
+            "summed over tp": sum(p.numel() for p in trainable if p.sequence_parallel),
+        }
     finally:
         layout.destroy()

@@ -5,7 +5,7 @@ Nothing of megatron, the dispatchers or the trainer is in it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,9 @@ from malora_dist.config import TrainConfig
 from malora_dist.data.batches import Microbatch
 
 
-def start_value(spec: AdapterSpec, seed: int, layer: int, projection: str, name: str, n: int, m: int) -> Tensor:
-    """The start of a parameter in parity tests: B random instead of zero, so that every gradient is alive."""
-    value = initial_parameter(spec, name, n, m, seed, layer, projection)
-    if name == "B":
-        value = 0.1 * torch.randn(value.shape, generator=keyed_generator(seed, "test B", layer, projection))
-    return value
+def start_of_up_projection(seed: int, key: str, shape: Sequence[int]) -> Tensor:
+    """The start of B in parity tests: random instead of zero, so that every gradient is alive."""
+    return 0.1 * torch.randn(tuple(shape), generator=keyed_generator(seed, "test B", key))
 
 
 @dataclass
@@ -43,9 +40,18 @@ class Record:
 
 
 class OracleRun:
-    """A Llama with adapters on ``spec.projections``; adapter keys are ``layers.<i>.<projection>.<name>``."""
+    """A Llama with adapters on ``spec.projections``; parameter keys are ``layers.<i>.<adapter>.<parameter>``.
 
-    def __init__(self, llama_dir: Path, spec: AdapterSpec, seed: int) -> None:
+    Args:
+        dropout_masks: what dropout multiplied the input of an adapter with, [b, s, n] by (step,
+            microbatch of the global batch, ``layers.<i>.<adapter>``); without one nothing is dropped.
+    """
+
+    def __init__(
+        self, llama_dir: Path, spec: AdapterSpec, seed: int, dropout_masks: Mapping[Any, Tensor] | None = None
+    ) -> None:
+        self.dropout_masks = dropout_masks or {}
+        self.place = (0, 0)
         self.spec = spec
         self.model = LlamaForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
         self.model.requires_grad_(False)
@@ -54,22 +60,38 @@ class OracleRun:
         self.valid_BS: Tensor | None = None
         self.margin = float("inf")
         for i, layer in enumerate(self.model.model.layers):
-            for projection in spec.projections:
-                linear = getattr(layer.self_attn if projection[0] in "qkvo" else layer.mlp, projection)
-                site = f"layers.{i}.{projection}"
-                for name in spec.parameter_names:
-                    value = start_value(spec, seed, i, projection, name, linear.in_features, linear.out_features)
-                    self.params[f"{site}.{name}"] = value.requires_grad_(name not in spec.frozen_names)
-                linear.register_forward_hook(self._hook(site))
+            for name, group in spec.adapter_groups:
+                for projection in group:
+                    linear = getattr(layer.self_attn if projection[0] in "qkvo" else layer.mlp, projection)
+                    self._make_parameters(i, name, group, projection, linear, seed)
+                    linear.register_forward_hook(self._hook(f"layers.{i}.{name}", group, projection))
 
-    def _hook(self, site: str) -> Any:
+    def _make_parameters(
+        self, layer: int, name: str, group: Sequence[str], projection: str, linear: torch.nn.Linear, seed: int
+    ) -> None:
+        for kind in self.spec.parameter_names:
+            key = f"layers.{layer}.{name}.{self.spec.stored_name(kind, projection, group)}"
+            widths = linear.in_features, linear.out_features
+            if kind == "B":
+                value = start_of_up_projection(seed, key, self.spec.parameter_shape(kind, *widths))
+            else:
+                value = initial_parameter(self.spec, kind, *widths, seed, layer, name)
+            self.params.setdefault(key, value.requires_grad_(kind not in self.spec.frozen_names))
+
+    def _hook(self, site: str, group: Sequence[str], projection: str) -> Any:
+        names = {kind: f"{site}.{self.spec.stored_name(kind, projection, group)}" for kind in self.spec.parameter_names}
+
         def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             (x_BSI,) = args
-            params = {name: self.params[f"{site}.{name}"] for name in self.spec.parameter_names}
-            # megatron flattens [s, b]; tokens are independent, so [b, s] gives the same sums.
+            params = {kind: self.params[key] for kind, key in names.items()}
+            x_TI = x_BSI.flatten(0, 1)
             assert self.valid_BS is not None
-            delta, aux = maths.adapter_forward(self.spec, params, x_BSI.flatten(0, 1), self.valid_BS.flatten())
-            self.aux.append(aux)
+            mask_BSI = self.dropout_masks.get((*self.place, site))
+            dropped_x_TI = None if mask_BSI is None else x_TI * mask_BSI.flatten(0, 1)
+            # megatron flattens [s, b]; tokens are independent, so [b, s] gives the same sums.
+            delta, aux = maths.adapter_forward(self.spec, params, x_TI, self.valid_BS.flatten(), dropped_x_TI)
+            if projection == group[0]:  # one router, one loss
+                self.aux.append(aux)
             if self.spec.is_mixture:
                 probs = maths.router_logits(x_BSI.detach(), params["router"]).softmax(-1)
                 top = probs[self.valid_BS].topk(min(self.spec.topk + 1, self.spec.num_experts)).values
@@ -86,12 +108,13 @@ class OracleRun:
         optimizer = torch.optim.AdamW(
             trainable.values(), config.lr, (config.adam_beta1, config.adam_beta2), config.adam_eps, config.weight_decay
         )
-        for microbatches in steps:
+        for step, microbatches in enumerate(steps):
             optimizer.zero_grad()
             record.input_grads.append([])
             answer_tokens = sum(float(m.loss_mask_BS.sum()) for m in microbatches)
             lm_loss = 0.0
-            for microbatch in microbatches:
+            for index, microbatch in enumerate(microbatches):
+                self.place = (step, index)
                 self.aux.clear()
                 self.valid_BS = microbatch.token_task_BS > 0
                 embedded = self.model.model.embed_tokens(microbatch.tokens_BS).requires_grad_()

@@ -17,15 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
-from malora_dist.checkpoint.convert import (
-    export_hf,
-    fingerprint_hf,
-    import_hf,
-    read_adapter_weights,
-    roundtrip,
-)
+from malora_dist.checkpoint.convert import export_hf, fingerprint_hf, import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import TensorChunk, TorchDistReader, write_torch_dist
 from malora_dist.errors import CheckpointError
 from malora_dist.models.hf_config import read_llama_config, rope_inv_freq
@@ -241,6 +234,10 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path, change: Callable, 
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters.rope_type='yarn', must be one of"),
         ({"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_scaling.rope_type='dynamic'"),
         ({"rope_parameters": {"rope_type": "linear"}}, 'transformers refuses it ("Missing required keys'),
+        (
+            {"rope_parameters": LLAMA3_ROPE, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "has both rope_parameters={'rope_type': 'llama3'",
+        ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"hidden_size": "big"}, "transformers refuses it (Validation error for field 'hidden_size'"),
     ],
@@ -365,80 +362,3 @@ def test_tool_reports_errors_in_one_line(
     assert capsys.readouterr().err == (
         f"error: {tmp_path}: has no config.json; name the directory of a Hugging Face Llama\n"
     )
-
-
-# --- adapters
-
-
-def make_adapter_checkpoint(save: Path, spec: AdapterSpec, base: Path) -> dict[tuple[int, str, str], Tensor]:
-    """What training saves, as if written by two expert-parallel ranks; returns the full tensors."""
-    layers, widths = 2, {"q_proj": (32, 32), "down_proj": (48, 32)}
-    names = {"q_proj": "self_attention.linear_qkv", "down_proj": "mlp.linear_fc2"}
-    ranks: list[list[TensorChunk]] = [[], []]
-    full: dict[tuple[int, str, str], Tensor] = {}
-    for projection in spec.projections:
-        for name in spec.parameter_names:
-            shape = spec.parameter_shape(name, *widths[projection])
-            stacked = torch.randn(layers, *shape)
-            full |= {(layer, projection, name): stacked[layer] for layer in range(layers)}
-            key = f"decoder.layers.{names[projection]}.adapters.{projection}.{name}"
-            for rank, part in enumerate(stacked.chunk(2, dim=1)):
-                offset = (0, rank * part.shape[1], *(0 for _ in shape[1:]))
-                ranks[rank].append(
-                    TensorChunk(key, part.dtype, tuple(stacked.shape), offset, tuple(part.shape), part.contiguous)
-                )
-    moment = TensorChunk("optimizer.state.exp_avg.decoder.x", torch.float32, (3,), (0,), (3,), lambda: torch.ones(3))
-    write_torch_dist(save / "iter_0000100", [[*ranks[0], moment], ranks[1]])
-    info = read_base_info(base)
-    text = {
-        "format_version": 1,
-        "spec": spec.adapter_fields(),
-        "base": {"fingerprint": info.fingerprint, "hf_model_name_or_path": info.hf_model_name_or_path},
-        "iteration": 100,
-        "num_layers": layers,
-    }
-    (save / "iter_0000100" / "adapter.json").write_text(json.dumps(text))
-    (save / "latest_checkpointed_iteration.txt").write_text("100")
-    return full
-
-
-@pytest.mark.parametrize("method", ["lora", "asymmetric_lora", "molora", "malora"])
-def test_adapter_weights_are_read_from_any_layout(tmp_path: Path, base: Path, method: str) -> None:
-    spec = AdapterSpec(method=method, target_modules=["q_proj", "linear_fc2"])
-    full = make_adapter_checkpoint(tmp_path, spec, base)
-    adapter = read_adapter_weights(tmp_path)
-    assert (adapter.spec, adapter.iteration) == (spec, 100)
-    assert adapter.base_fingerprint == read_base_info(base).fingerprint
-    assert adapter.tensors.keys() == full.keys()
-    for key, tensor in full.items():
-        assert torch.equal(adapter.tensors[key], tensor), key
-
-
-def test_adapter_export_refuses_another_base(
-    tmp_path: Path, llama: Path, base: Path, convert_tool: ModuleType, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    make_adapter_checkpoint(tmp_path / "save", AdapterSpec(target_modules=["q_proj", "down_proj"]), base)
-    arguments = ("export-adapter", "--megatron-path", tmp_path / "save", "--hf-path", tmp_path / "peft", "--hf-model")
-    run_tool(convert_tool, monkeypatch, *arguments, llama)
-    assert "exported 16 tensors of iteration 100" in capsys.readouterr().out
-    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(llama)
-    other = edited(llama, tmp_path / "other", lambda tensors: tensors["model.norm.weight"].add_(1))
-    with pytest.raises(SystemExit, match="2"):
-        run_tool(convert_tool, monkeypatch, *arguments, other)
-    assert "but the adapter was trained on" in capsys.readouterr().err
-
-
-def test_adapter_tensors_that_do_not_fit_their_description(tmp_path: Path, base: Path) -> None:
-    make_adapter_checkpoint(tmp_path, AdapterSpec(target_modules=["q_proj"]), base)
-    file = tmp_path / "iter_0000100" / "adapter.json"
-    text = json.loads(file.read_text())
-    for change, message in (
-        ({"spec": text["spec"] | {"target_modules": ["q_proj", "k_proj"]}}, "adapters.k_proj.B' is missing"),
-        ({"spec": text["spec"] | {"method": "molora"}}, "adapters.q_proj.A' is missing"),
-        ({"spec": text["spec"] | {"target_modules": ["k_proj"]}}, "is missing"),
-        ({"num_layers": 3}, "has 2 layers, adapter.json says 3"),
-    ):
-        file.write_text(json.dumps(text | change))
-        with pytest.raises(CheckpointError, match=message):
-            read_adapter_weights(tmp_path)

@@ -24,6 +24,7 @@ import torch
 
 from malora_dist.checkpoint.convert import import_hf
 from malora_dist.parallel import topology
+from malora_dist.parallel.compatibility import keeps_common_state_inside
 from tests.conftest import write_llama
 from tests.jobs_errors import Ended, train_main
 from tests.workers import WorkerPool
@@ -398,9 +399,10 @@ def test_hugging_face_directory_in_place_of_a_base(refuse: Refuse, llama_dir: Pa
             lambda load: (load / "iter_0000001" / "metadata.json").unlink(),
             "{load}/iter_0000001: is half-written, metadata.json is missing; write or copy it again",
         ),
-        (
+        pytest.param(
             lambda load: (load / "iter_0000001" / "common.pt").unlink(),
             "{load}/iter_0000001: is half-written, common.pt is missing; write or copy it again",
+            marks=pytest.mark.skipif(keeps_common_state_inside(), reason="this megatron-core writes no common.pt"),
         ),
     ],
 )

@@ -10,6 +10,7 @@ the margin.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from transformers import AutoTokenizer
 from malora_dist.adapters.spec import METHODS
 from malora_dist.checkpoint.convert import import_hf
 from malora_dist.config import Config, load_config
-from malora_dist.data.batches import Microbatch, train_microbatches
+from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
 from tests.conftest import write_llama
+from tests.layouts import LAYOUTS, Layout, find
 from tests.oracle import OracleRun, Record
 from tests.workers import WorkerPool
 
-STEPS = 3
+STEPS = 5
 RTOL = 1e-4
 TIE_MARGIN = 1e-6
 
@@ -49,27 +51,79 @@ def global_steps(config: Config, llama_dir: Path, steps: int) -> list[list[Micro
     tokenizer = AutoTokenizer.from_pretrained(llama_dir)
     tasks = load_tasks(config, tokenizer, config.seed)
     schedule = SampleSchedule([len(t.train) for t in tasks], [t.weight for t in config.data], config.seed)
+    layout = BatchLayout(config.micro_batch_size, tokenizer.pad_token_id, multiple_of=8)
     return [
-        train_microbatches(
-            tasks,
-            schedule,
-            i * config.global_batch_size,
-            micro_batch_size=config.micro_batch_size,
-            global_batch_size=config.global_batch_size,
-            data_parallel_rank=0,
-            data_parallel_size=1,
-            pad_token_id=tokenizer.pad_token_id,
-            multiple_of=8,
-        )
+        train_microbatches(tasks, schedule, i * config.global_batch_size, config.global_batch_size, layout)
         for i in range(steps)
     ]
 
 
-def oracle(settings: list[str], llama_dir: Path, steps: int = STEPS) -> Record:
-    config = load_config(None, settings)
-    record = OracleRun(llama_dir, config, config.seed).train(global_steps(config, llama_dir, steps), config)
-    assert record.smallest_margin > TIE_MARGIN, "a token sits on a routing tie: choose another seed"
-    return record
+class Bench:
+    """Runs a training on a layout and its one-process reference; references are kept for other layouts."""
+
+    def __init__(self, workers: WorkerPool, task_files: list[Path], directory: Path) -> None:
+        self._workers, self._task_files, self._directory = workers, task_files, directory
+        self._references: dict[tuple[Any, ...], tuple[int, Record]] = {}
+
+    def base(self, layers: int) -> tuple[Path, Path]:
+        """(Hugging Face directory, converted base) of a Llama with so many layers."""
+        llama, base = self._directory / f"llama{layers}", self._directory / f"base{layers}"
+        if not base.exists():
+            import_hf(write_llama(llama, num_hidden_layers=layers), base)
+        return llama, base
+
+    def settings(self, layers: int, *more: str) -> list[str]:
+        return overrides(self.base(layers)[1], self._task_files, *more)
+
+    def reference(self, layers: int, *adapter: str, steps: int = STEPS) -> tuple[int, Record]:
+        """(seed, record) of the oracle: the first seed with which no token sits near a routing tie."""
+        key = (layers, steps, *adapter)
+        for seed in range(1234, 1264):
+            if key in self._references:
+                break
+            config = load_config(None, self.settings(layers, *adapter, f"seed={seed}"))
+            llama = self.base(layers)[0]
+            record = OracleRun(llama, config, seed).train(global_steps(config, llama, steps), config)
+            if record.smallest_margin > TIE_MARGIN:
+                self._references[key] = seed, record
+        return self._references[key]
+
+    def run(
+        self, layout: Layout, *adapter: str, extra: Sequence[str] = (), steps: int = STEPS, **options: Any
+    ) -> tuple[list[dict[str, Any]], Record]:
+        """(what each rank recorded, the reference); `extra` settings must not change the reference."""
+        seed, record = self.reference(layout.layers, *adapter, steps=steps)
+        settings = self.settings(layout.layers, *adapter, *layout.settings, *extra, f"seed={seed}")
+        return self._workers.run(
+            "train_and_record", layout.processes, overrides=settings, steps=steps, **options
+        ), record
+
+    def run_with_dropout(
+        self, layout: Layout, *adapter: str, extra: Sequence[str], steps: int
+    ) -> tuple[list[dict[str, Any]], Record]:
+        """As :meth:`run`, the reference with the masks that the run drew; the first seed without a routing tie."""
+        llama = self.base(layout.layers)[0]
+        for seed in range(1234, 1244):
+            settings = self.settings(layout.layers, *adapter, *layout.settings, *extra, f"seed={seed}")
+            results = self._workers.run(
+                "train_and_record",
+                layout.processes,
+                overrides=settings,
+                steps=steps,
+                keep_inputs=False,
+                keep_masks=True,
+            )
+            config = load_config(None, settings)
+            masks = dropout_masks(results, steps, config.recompute_granularity == "full", config.micro_batch_size)
+            record = OracleRun(llama, config, seed, masks).train(global_steps(config, llama, steps), config)
+            if record.smallest_margin > TIE_MARGIN:
+                return results, record
+        raise AssertionError("a token sits on a routing tie with every seed")
+
+
+@pytest.fixture(scope="module")
+def bench(workers: WorkerPool, task_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(workers, task_files, tmp_path_factory.mktemp("bench"))
 
 
 def assemble(results: list[dict[str, Any]], pick: Any) -> dict[str, Tensor]:
@@ -96,7 +150,7 @@ def close(name: str, got: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
     assert error < rtol, f"{name}: off by {error:.2e} of its largest entry"
 
 
-def compare(results: list[dict[str, Any]], expected: Record) -> None:
+def compare_without_input(results: list[dict[str, Any]], expected: Record) -> None:
     for result in results:
         assert result["losses"] == pytest.approx(expected.losses, rel=1e-5)
         assert result["grad_norms"] == pytest.approx(expected.grad_norms, rel=RTOL)
@@ -109,7 +163,42 @@ def compare(results: list[dict[str, Any]], expected: Record) -> None:
     assert set(got) == set(expected.parameters)
     for key, parameter in expected.parameters.items():
         close(f"parameter {key}", got[key], parameter)
+
+
+def compare(results: list[dict[str, Any]], expected: Record) -> None:
+    compare_without_input(results, expected)
     compare_input_gradients(results, expected)
+
+
+def dropout_masks(results: list[dict[str, Any]], steps: int, recomputed: bool, rows: int) -> dict[Any, Tensor]:
+    """What an input was multiplied with, [rows, s, n] by (step, microbatch of the global batch, site).
+
+    A column-parallel adapter meets the sequence in shards, a row-parallel one the features. With
+    recompute each mask comes twice, and both are the same.
+    """
+    shards: dict[Any, dict[int, Tensor]] = {}
+    styles: dict[str, str] = {}
+    dp_size = 1 + max(result["place"]["dp"] for result in results)
+    for result in results:
+        by_site: dict[str, list[Tensor]] = {}
+        for site, style, mask in result["masks"]:
+            styles[site] = style
+            by_site.setdefault(site, []).append(mask.unflatten(0, (-1, rows)))
+        for site, found in by_site.items():
+            if recomputed:
+                distinct = [m for i, m in enumerate(found) if not any(torch.equal(m, other) for other in found[:i])]
+                assert len(distinct) * 2 == len(found), f"{site}: a mask changed when recomputed"
+                found = distinct
+            per_step = len(found) // steps
+            for i, mask in enumerate(found):
+                place = i // per_step, i % per_step * dp_size + result["place"]["dp"], site
+                shards.setdefault(place, {})[result["place"]["tp"]] = mask
+    return {
+        place: torch.cat([by_tp[tp] for tp in sorted(by_tp)], dim=0 if styles[place[2]] == "column" else 2).transpose(
+            0, 1
+        )
+        for place, by_tp in shards.items()
+    }
 
 
 def compare_input_gradients(results: list[dict[str, Any]], expected: Record) -> None:
@@ -120,82 +209,78 @@ def compare_input_gradients(results: list[dict[str, Any]], expected: Record) -> 
         for index, grad in enumerate(grads):
             shards = sorted((r for r in first if r["place"]["dp"] == index % dp_size), key=lambda r: r["place"]["tp"])
             got = torch.cat([r["input_grads"][step][index // dp_size] for r in shards]).transpose(0, 1)
+            # Interleaved stages pad the microbatches of a step to one length.
+            assert not got[:, grad.shape[1] :].any()
+            got = got[:, : grad.shape[1]]
             close(f"step {step}, input gradient of microbatch {index}", got, grad)
 
 
-@pytest.mark.parametrize("topk", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
-def test_one_process(
-    method: str, topk: int, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    if topk == 1 and method in ("lora", "asymmetric_lora"):
-        pytest.skip("no router")
-    settings = overrides(base_dir, task_files, f"method={method}", f"topk={topk}")
-    compare(workers.run("train_and_record", 1, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
-
-
-@pytest.mark.parametrize("topk", [1, 2])
-@pytest.mark.parametrize("ep", [2, 4])
-@pytest.mark.parametrize("method", ["molora", "malora"])
-def test_expert_parallel(
-    method: str, ep: int, topk: int, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    settings = overrides(base_dir, task_files, f"method={method}", f"topk={topk}", f"expert_model_parallel_size={ep}")
-    compare(workers.run("train_and_record", ep, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
-
-
-def test_expert_parallel_inside_a_larger_data_parallel_group(
-    workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    settings = overrides(base_dir, task_files, "expert_model_parallel_size=2")
-    compare(workers.run("train_and_record", 4, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
-
-
-@pytest.mark.parametrize("method", ["lora", "asymmetric_lora"])
-def test_data_parallel(
-    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    settings = overrides(base_dir, task_files, f"method={method}")
-    compare(workers.run("train_and_record", 2, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_tensor_parallel(
-    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    settings = overrides(
-        base_dir, task_files, f"method={method}", "tensor_model_parallel_size=2", "sequence_parallel=true"
-    )
-    compare(workers.run("train_and_record", 2, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
-
-
-@pytest.mark.parametrize("method", ["lora", "malora"])
-def test_pipeline_parallel(
-    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    settings = overrides(base_dir, task_files, f"method={method}", "pipeline_model_parallel_size=2")
-    compare(workers.run("train_and_record", 2, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
+@pytest.mark.parametrize(
+    ("layout", "method"), [(layout, method) for layout in LAYOUTS for method in layout.methods], ids=str
+)
+def test_layout(layout: Layout, method: str, bench: Bench) -> None:
+    """The table of docs/layouts.md."""
+    compare(*bench.run(layout, f"method={method}"))
 
 
 @pytest.mark.parametrize("method", ["molora", "malora"])
-def test_tensor_and_expert_parallel(
-    method: str, workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
-    settings = overrides(
-        base_dir, task_files, f"method={method}", "tensor_model_parallel_size=2", "sequence_parallel=true",
-        "expert_model_parallel_size=2",
-    )  # fmt: skip
-    compare(workers.run("train_and_record", 4, overrides=settings, steps=STEPS), oracle(settings, llama_dir))
+@pytest.mark.parametrize("layout", ["1 process", "EP 4", "TP 2, EP 2"])
+def test_top_1(layout: str, method: str, bench: Bench) -> None:
+    compare(*bench.run(find(layout), f"method={method}", "topk=1", steps=2))
 
 
-def test_adapters_on_some_projections_only(
-    workers: WorkerPool, base_dir: Path, llama_dir: Path, task_files: list[Path]
-) -> None:
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2"])
+def test_fused_projections(layout: str, method: str, bench: Bench) -> None:
+    compare(*bench.run(find(layout).of(method), f"method={method}", "fuse_projections=true", steps=3))
+
+
+@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2"])
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_adapters_on_some_projections_only(layout: str, fused: str, bench: Bench) -> None:
     """k and v inside the fused qkv, up inside fc1, and fc2: the others get no delta."""
-    settings = overrides(
-        base_dir, task_files, "target_modules=[k_proj,v_proj,up_proj,linear_fc2]", "expert_model_parallel_size=2"
-    )
-    compare(workers.run("train_and_record", 2, overrides=settings, steps=1), oracle(settings, llama_dir, steps=1))
+    targets = "target_modules=[k_proj,v_proj,up_proj,linear_fc2]"
+    compare(*bench.run(find(layout), targets, f"fuse_projections={fused}", steps=1))
+
+
+RECOMPUTE = {
+    "full, uniform": ["recompute_granularity=full"],
+    "full, units of 2": ["recompute_granularity=full", "recompute_num_layers=2"],  # both layers
+    "full, block": ["recompute_granularity=full", "recompute_method=block"],
+    "selective": ["recompute_granularity=selective"],
+    "selective, mlp": ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
+}
+
+
+@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2", "PP 2 interleaved"])
+@pytest.mark.parametrize("kind", RECOMPUTE)
+def test_recompute(kind: str, layout: str, bench: Bench) -> None:
+    """Also with one stage, whose frozen embedding gives the first layer an input without a gradient."""
+    if "PP" in layout and kind in ("selective, mlp", "full, units of 2"):
+        pytest.skip("refused, see tests/test_errors.py")
+    compare_without_input(*bench.run(find(layout), "method=malora", extra=RECOMPUTE[kind], steps=2, keep_inputs=False))
+
+
+@pytest.mark.parametrize("targets", ["[down_proj]", "[o_proj]"])
+@pytest.mark.parametrize("kind", ["full, uniform", "selective, mlp"])
+def test_recompute_with_few_adapters(kind: str, targets: str, bench: Bench) -> None:
+    """The input of what is recomputed depends on no adapter."""
+    settings = ["method=malora", f"target_modules={targets}"]
+    compare_without_input(*bench.run(find("1 process"), *settings, extra=RECOMPUTE[kind], steps=1, keep_inputs=False))
+
+
+@pytest.mark.parametrize("method", ["lora", "molora", "malora"])
+@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_dropout(recompute: str, layout: str, method: str, bench: Bench) -> None:
+    """With the masks that the run drew, put together from all ranks, the oracle gets the same gradients.
+
+    So every token saw one mask per adapter, whatever TP rank worked on it, also when recomputed.
+    """
+    settings, extra = [f"method={method}", "lora_dropout=0.25"], [f"recompute_granularity={recompute}"]
+    results, expected = bench.run_with_dropout(find(layout).of(method), *settings, extra=extra, steps=1)
+    assert any((mask == 0).any() for result in results for _, _, mask in result["masks"])
+    compare_without_input(results, expected)
 
 
 def test_tied_embeddings_and_a_padded_vocabulary_over_tensor_and_pipeline_ranks(
@@ -204,8 +289,8 @@ def test_tied_embeddings_and_a_padded_vocabulary_over_tensor_and_pipeline_ranks(
     """51 tokens on TP=2 are padded to 52; the padding must get no probability."""
     llama = write_llama(tmp_path / "llama", vocab_size=51, tie_word_embeddings=True)
     import_hf(llama, tmp_path / "megatron")
-    settings = overrides(
-        tmp_path / "megatron", task_files, "tensor_model_parallel_size=2", "sequence_parallel=true",
-        "pipeline_model_parallel_size=2",
-    )  # fmt: skip
-    compare(workers.run("train_and_record", 4, overrides=settings, steps=2), oracle(settings, llama, steps=2))
+    settings = overrides(tmp_path / "megatron", task_files, *find("TP 2, PP 2").settings)
+    config = load_config(None, settings)
+    expected = OracleRun(llama, config, config.seed).train(global_steps(config, llama, 2), config)
+    assert expected.smallest_margin > TIE_MARGIN
+    compare(workers.run("train_and_record", 4, overrides=settings, steps=2), expected)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from malora_dist.checkpoint.convert import import_hf
+from tests.conftest import write_llama
+from tests.layouts import find
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
 
@@ -37,6 +41,62 @@ def test_resume_is_bit_identical(
     for rank in range(world_size):
         assert [i for i, _ in first[rank] + second[rank]] == [1, 2, 3, 4, 5]
         assert first[rank] + second[rank] == whole[rank]
+
+
+#: From -> to, for resuming on another layout; the loss curve goes on as if the layout had not changed.
+RESHARDED = [
+    ("EP 4", "1 process", "malora"),
+    ("1 process", "EP 2", "molora"),
+    ("TP 2", "1 process", "malora"),
+    ("1 process", "TP 2", "molora"),
+    ("PP 2", "1 process", "lora"),
+    ("1 process", "PP 2", "malora"),
+    ("DP 2", "1 process", "asymmetric_lora"),
+    ("1 process", "DP 2", "lora"),
+    ("TP 2, EP 2", "PP 2 interleaved", "malora"),
+    ("PP 2 interleaved", "TP 2, EP 2", "malora"),
+]
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+@pytest.mark.parametrize(("before", "after", "method"), RESHARDED)
+def test_resume_on_another_layout(
+    before: str, after: str, method: str, fused: str, workers: WorkerPool, task_files: list[Path],
+    base_dir: Path, deep_base: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Adam's state comes along: without it the losses after the resume would be off by more than 1e-3."""
+    base = deep_base if "interleaved" in before + after else base_dir
+    settings = overrides(
+        base, task_files, f"method={method}", f"fuse_projections={fused}", "train_iters=5", "eval_iters=0",
+        "log_interval=1", "adam_eps=1e-8",
+    )  # fmt: skip
+    first, second = find(before), find(after)
+    run = partial(workers.run, "train_with_cli")
+    whole = run(first.processes, overrides=[*settings, *first.settings])[0]
+    save = f"save={tmp_path}"
+    begun = run(first.processes, overrides=[*settings, *first.settings, save, "exit_interval=3"])[0]
+    ended = run(second.processes, overrides=[*settings, *second.settings, save, f"load={tmp_path}"])[0]
+    assert begun == whole[:3]
+    assert [i for i, _ in ended] == [4, 5]
+    assert [loss for _, loss in ended] == pytest.approx([loss for _, loss in whole[3:]], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of four layers, for interleaved stages."""
+    directory = tmp_path_factory.mktemp("deep")
+    import_hf(write_llama(directory / "llama", num_hidden_layers=4), directory / "base")
+    return directory / "base"
+
+
+def test_adam_state_matters(workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path) -> None:
+    """The tolerance of the test above notices a resume with Adam's state gone."""
+    settings = overrides(base_dir, task_files, "train_iters=5", "eval_iters=0", "log_interval=1", "adam_eps=1e-8")
+    whole = workers.run("train_with_cli", 1, overrides=settings)[0]
+    workers.run("train_with_cli", 1, overrides=[*settings, f"save={tmp_path}", "exit_interval=3"])
+    resume = [*settings, f"load={tmp_path}"]
+    (forgetful,) = workers.run("train_with_cli", 1, overrides=resume, forget_optimizer=True)
+    assert abs(forgetful[-1][1] / whole[-1][1] - 1) > 1e-3
 
 
 def test_dropout_is_alive_and_seeded(workers: WorkerPool, base_dir: Path, task_files: list[Path]) -> None:

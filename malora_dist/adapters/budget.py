@@ -14,10 +14,19 @@ LayerWidths = Mapping[str, tuple[int, int]]
 
 def trainable_parameters(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1) -> dict[str, int]:
     """Trainable parameters by kind (``router``, ``S``, ``A``, ``P``, ``B``), summed over the model."""
-    names = [n for n in spec.parameter_names if n not in spec.frozen_names]
+    return {k: n for k, n in adapter_parameters(spec, widths, num_layers).items() if k not in spec.frozen_names}
+
+
+def adapter_parameters(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1) -> dict[str, int]:
+    """Adapter parameters by kind, the frozen ones included, summed over the model."""
     return {
-        name: num_layers * sum(math.prod(spec.parameter_shape(name, *widths[p])) for p in spec.projections)
-        for name in names
+        name: num_layers
+        * sum(
+            math.prod(spec.parameter_shape(name, *widths[projection]))
+            for _, group in spec.adapter_groups
+            for projection in (group if name == "B" else group[:1])
+        )
+        for name in spec.parameter_names
     }
 
 

@@ -52,6 +52,7 @@ def initial_parameter(
 
     Args:
         layer_number: 0-based number of the layer in the whole model, not in a pipeline stage.
+        projection: the adapter's name (``AdapterSpec.adapter_groups``).
         experts: expert numbers to draw, for the parameters that have an expert axis; None: all.
     """
     shape = spec.parameter_shape(name, in_features, out_features)

@@ -64,28 +64,42 @@ def project(spec: AdapterSpec, params: Mapping[str, Tensor], x_TI: Tensor) -> Te
     return F.linear(x_TI, shared.to(x_TI.dtype))
 
 
-def expert_forward(spec: AdapterSpec, params: Mapping[str, Tensor], z_WZ: Tensor, gates_WE: Tensor | None) -> Tensor:
-    """Gate-weighted sum of the experts at hand, times the scaling s. [W, M]
+def expert_down(spec: AdapterSpec, params: Mapping[str, Tensor], z_WZ: Tensor, gates_WE: Tensor | None) -> Tensor:
+    """What enters B: the gated, scaled r'-wide outputs of the experts at hand, side by side. [W, E * R]
 
-    The gated block form: ``u = (P_cat z) * repeat(g, r')`` and ``y = s B_cat u``, gates zero for
-    experts not chosen. No sorting, no scatter; rows without any expert at hand give zero, and
-    with no rows at all every parameter still gets a (zero) gradient.
+    ``u = (P_cat z) * repeat(s g, r')``: gates are zero for experts not chosen, so no row is sorted or
+    moved. For LoRA u is s z.
 
     Args:
-        params: ``P`` [E, R, D] (MALoRA) or ``A`` [E, R, I] (MoLoRA) and ``B`` [E, M, R];
-            for LoRA only ``B`` [M, R] is used.
+        params: ``P`` [E, R, D] (MALoRA) or ``A`` [E, R, I] (MoLoRA); LoRA needs none.
         gates_WE: gates of the experts at hand; None for the methods without a router.
     """
-    up = params["B"].to(z_WZ.dtype)
     if not spec.is_mixture:
-        return F.linear(z_WZ, up) * spec.scaling
+        return z_WZ * spec.scaling
     assert gates_WE is not None, "a mixture needs gates"
     down_ERZ = params["P" if spec.method == "malora" else "A"].to(z_WZ.dtype)
     num_experts, rank, _ = down_ERZ.shape
     u_WER = F.linear(z_WZ, down_ERZ.flatten(0, 1)).view(-1, num_experts, rank)
-    u_WER = u_WER * (gates_WE * spec.scaling).to(z_WZ.dtype).unsqueeze(-1)
-    up_MER = up.permute(1, 0, 2)
-    return F.linear(u_WER.flatten(1), up_MER.flatten(1))
+    return (u_WER * (gates_WE * spec.scaling).to(z_WZ.dtype).unsqueeze(-1)).flatten(1)
+
+
+def expert_up(up: Tensor, u_WU: Tensor) -> Tensor:
+    """``y = B_cat u``: the sum over the experts at hand. [W, M]
+
+    Args:
+        up: B [E, M, R], or [M, R] for LoRA.
+    """
+    up_MU = up if up.dim() == 2 else up.permute(1, 0, 2).flatten(1)
+    return F.linear(u_WU, up_MU.to(u_WU.dtype))
+
+
+def expert_forward(spec: AdapterSpec, params: Mapping[str, Tensor], z_WZ: Tensor, gates_WE: Tensor | None) -> Tensor:
+    """Gate-weighted sum of the experts at hand, times the scaling s: the gated block form. [W, M]
+
+    Rows without any expert at hand give zero, and with no rows at all every parameter still gets
+    a (zero) gradient. For the arguments see :func:`expert_down` and :func:`expert_up`.
+    """
+    return expert_up(params["B"], expert_down(spec, params, z_WZ, gates_WE))
 
 
 def routing_sums(routing: Routing, valid_T: Tensor | None = None) -> tuple[Tensor, Tensor]:

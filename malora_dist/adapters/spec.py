@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,10 @@ class AdapterSpec:
     rank_expansion: float = field(
         default=1.25, metadata={"help": "beta; an expert's rank is r' = round(beta * lora_rank) (malora)"}
     )
+    fuse_projections: bool = field(
+        default=False,
+        metadata={"help": "q, k, v share one router and down-projection, gate and up another; each keeps its own B"},
+    )
     norm_topk_prob: bool = field(default=True, metadata={"help": "renormalise the kept gates to sum 1 when topk > 1"})
     aux_loss_coeff: float = field(
         default=0.01, metadata={"help": "load-balancing loss coefficient, per adapted projection"}
@@ -102,6 +107,22 @@ class AdapterSpec:
         for target in self.target_modules:
             chosen.update(MEGATRON_LINEARS.get(target, (target,)))
         return tuple(p for p in PROJECTIONS if p in chosen)
+
+    @property
+    def adapter_groups(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The adapters of one layer: (name, the projections that share all its parameters but B), in model order.
+
+        An adapter of one projection has the projection's name, one of several that of megatron's fused linear.
+        """
+        if not self.fuse_projections:
+            return tuple((p, (p,)) for p in self.projections)
+        chosen = [(linear, [p for p in fused if p in self.projections]) for linear, fused in MEGATRON_LINEARS.items()]
+        return tuple((linear if len(group) > 1 else group[0], tuple(group)) for linear, group in chosen if group)
+
+    @staticmethod
+    def stored_name(name: str, projection: str, group: Sequence[str]) -> str:
+        """How a parameter is called inside its adapter: several B need the projection's name to tell them apart."""
+        return f"{name}_{projection}" if name == "B" and len(group) > 1 else name
 
     def parameter_shape(self, name: str, in_features: int, out_features: int) -> tuple[int, ...]:
         """Full (unsharded) shape of parameter ``name`` on a linear of the given widths."""

@@ -13,6 +13,7 @@ state has to be kept: the iteration is enough.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from malora_dist.config import Config, save_config
 from malora_dist.errors import CheckpointError
 from malora_dist.models.adapted_linear import is_adapter_key
 from malora_dist.models.llama import LlamaModel
+from malora_dist.parallel.compatibility import check_common_state
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
@@ -42,7 +44,7 @@ FORMAT_VERSION = 1
 #: Fields in which a resumed run has to equal the checkpoint: together they are the adapter's function.
 _IDENTITY = (
     "method", "target_modules", "lora_rank", "lora_alpha", "use_rslora", "num_lora_experts", "topk",
-    "shared_dim", "rank_expansion", "norm_topk_prob",
+    "shared_dim", "rank_expansion", "norm_topk_prob", "fuse_projections",
 )  # fmt: skip
 
 
@@ -55,13 +57,17 @@ class AdapterInfo:
     base_name_or_path: str
     iteration: int
     num_layers: int
+    has_optimizer: bool = True  # False: imported weights, from which a run starts anew
 
 
 @dataclass
 class Trained:
-    """What a checkpoint holds and restores; progress counts optimizer steps and samples."""
+    """What a checkpoint holds and restores; progress counts optimizer steps and samples.
 
-    model: LlamaModel
+    The model is this rank's chunks: one, or one per virtual pipeline stage.
+    """
+
+    model: Sequence[LlamaModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
@@ -93,6 +99,7 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
             base_name_or_path=raw["base"]["hf_model_name_or_path"],
             iteration=raw["iteration"],
             num_layers=raw["num_layers"],
+            has_optimizer=raw.get("has_optimizer", True),
         )
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
@@ -118,17 +125,31 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
             raise CheckpointError(
                 f"{directory}: has {key}={saved!r}, the config says {wanted!r}; set it to the checkpoint's"
             )
-    for name in ("metadata.json", "common.pt"):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory}: is half-written, {name} is missing; write or copy it again")
-    TorchDistReader(directory)  # checks the data files
+    if not (directory / "metadata.json").is_file():
+        raise CheckpointError(f"{directory}: is half-written, metadata.json is missing; write or copy it again")
+    check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
+
+
+def _sharded_model(model: Sequence[LlamaModel], topology: Topology, adapters: bool) -> dict[str, dict[str, Any]]:
+    """Of each chunk the sharded tensors of its adapters, or of its base: {"chunk 0": {key: tensor}, ...}.
+
+    Chunks count their layers from 0, so that their own keys are the same; those of the sharded
+    tensors, which are the checkpoint's, are not.
+    """
+    sharded = {}
+    for number, chunk in enumerate(model):
+        state = chunk.sharded_state_dict(metadata={"dp_cp_group": topology.dp_group})
+        sharded[f"chunk {number}"] = {
+            key: value
+            for key, value in state.items()
+            if is_adapter_key(key) == adapters and not key.endswith("_extra_state")
+        }
+    return sharded
 
 
 def _sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> dict[str, Any]:
-    metadata = {"dp_cp_group": topology.dp_group}
-    adapters = {
-        key: value for key, value in trained.model.sharded_state_dict(metadata=metadata).items() if is_adapter_key(key)
-    }
+    metadata = {"dp_cp_group": topology.dp_group, "distrib_optim_sharding_type": "fully_reshardable"}
+    adapters = _sharded_model(trained.model, topology, adapters=True)
     return {
         "model": adapters,
         "optimizer": trained.optimizer.sharded_state_dict(adapters, is_loading=is_loading, metadata=metadata),
@@ -172,13 +193,19 @@ def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) ->
         CheckpointError: half-written, or keys or shapes that do not fit.
     """
     directory = checkpoint_dir(load)
-    state = _sharded_state(trained, topology, is_loading=True)
+    has_optimizer = read_adapter_info(directory).has_optimizer
+    if has_optimizer:
+        state = _sharded_state(trained, topology, is_loading=True)
+    else:
+        state = {"model": _sharded_model(trained.model, topology, adapters=True)}
     loaded = _load_sharded(state, directory, StrictHandling.RAISE_ALL, "resume with the config.yaml in it")
-    trained.model.load_state_dict(loaded["model"], strict=False)
-    trained.optimizer.load_state_dict(loaded["optimizer"])
-    trained.scheduler.load_state_dict(loaded["scheduler"])
-    trained.iteration = loaded["progress"]["iteration"]
-    trained.consumed_samples = loaded["progress"]["consumed_samples"]
+    for number, chunk in enumerate(trained.model):
+        chunk.load_state_dict(loaded["model"][f"chunk {number}"], strict=False)
+    if has_optimizer:
+        trained.optimizer.load_state_dict(loaded["optimizer"])
+        trained.scheduler.load_state_dict(loaded["scheduler"])
+        trained.iteration = loaded["progress"]["iteration"]
+        trained.consumed_samples = loaded["progress"]["consumed_samples"]
 
 
 def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling, cure: str) -> dict[str, Any]:
@@ -193,20 +220,19 @@ def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling
     raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(cause).split())}); {cure}") from cause
 
 
-def load_base_weights(directory: Path, model: LlamaModel, topology: Topology) -> None:
+def load_base_weights(directory: Path, model: Sequence[LlamaModel], topology: Topology) -> None:
     """Fill the frozen base from a converted base's `iter_*` directory, on any TP x PP.
 
     Raises:
         CheckpointError: keys or shapes that do not fit the model.
     """
-    sharded = model.sharded_state_dict(metadata={"dp_cp_group": topology.dp_group})
-    base = {
-        key: value for key, value in sharded.items() if not is_adapter_key(key) and not key.endswith("_extra_state")
-    }
+    base = _sharded_model(model, topology, adapters=False)
     loaded = _load_sharded(base, directory, StrictHandling.ASSUME_OK_UNEXPECTED, "convert the model again")
-    result = model.load_state_dict(loaded, strict=False)
-    missing = [key for key in result.missing_keys if not is_adapter_key(key) and not key.endswith("_extra_state")]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(
-            f"{directory}: missing keys {missing}, unexpected keys {result.unexpected_keys}; convert the model again"
-        )
+    for number, chunk in enumerate(model):
+        result = chunk.load_state_dict(loaded[f"chunk {number}"], strict=False)
+        missing = [key for key in result.missing_keys if not is_adapter_key(key) and not key.endswith("_extra_state")]
+        if missing or result.unexpected_keys:
+            raise CheckpointError(
+                f"{directory}: missing keys {missing}, unexpected keys {result.unexpected_keys}; "
+                "convert the model again"
+            )

@@ -31,7 +31,14 @@ from malora_dist.checkpoint.base import (
     staged_directory,
     write_base_info,
 )
-from malora_dist.checkpoint.tensor_files import Fingerprint, HfWeights, TensorChunk, TorchDistReader, write_torch_dist
+from malora_dist.checkpoint.tensor_files import (
+    Fingerprint,
+    HfWeights,
+    TensorChunk,
+    TorchDistReader,
+    bits_equal,
+    write_torch_dist,
+)
 from malora_dist.errors import CheckpointError
 from malora_dist.models.hf_config import read_llama_config
 from malora_dist.models.hf_conversion import (
@@ -81,7 +88,7 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
         iteration_dir = staging / iteration_name(0)
         progress = functools.partial(tqdm, desc="import", unit="layer", disable=None)
         write_torch_dist(iteration_dir, by_layer, extra_state_keys(config.num_hidden_layers), progress)
-        _write_megatron_files(iteration_dir)
+        write_megatron_files(iteration_dir)
         copy_hf_files(hf_model, hf_dir(staging))
         sizes = Counter[str]()
         for key in _needed_keys(chunks):
@@ -166,7 +173,7 @@ def roundtrip(
         for key in sorted(expected ^ after.shapes.keys()):
             raise CheckpointError(f"{hf_path}: tensor {key!r} is on one side only; report this as a bug")
         for key in tqdm(sorted(expected), desc="compare", unit="tensor", disable=None):
-            if not _bits_equal(before.read(key), after.read(key)):
+            if not bits_equal(before.read(key), after.read(key)):
                 raise CheckpointError(f"{hf_path}: tensor {key!r} differs from {hf_model}; report this as a bug")
         return len(expected)
 
@@ -186,7 +193,7 @@ def fingerprint_hf(hf_model: Path) -> str:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The full tensors of an adapter checkpoint.
+    """The full tensors of an adapter checkpoint, one adapter per projection also where a checkpoint shares them.
 
     Attributes:
         tensors: {(0-based layer, Hugging Face projection, parameter name): tensor}, shapes as
@@ -211,26 +218,25 @@ def read_adapter_weights(save_dir: Path) -> AdapterWeights:
         from malora_dist.checkpoint.adapter import read_adapter_info
     directory = checkpoint_dir(save_dir)
     info = read_adapter_info(directory)
-    spec = info.spec
     reader = TorchDistReader(directory)
-    expected = {_adapter_key(p, name): (p, name) for p in spec.projections for name in spec.parameter_names}
+    expected = stored_parameters(info.spec)
     found = {key for key in reader.tensors if key.startswith("decoder.")}
     for key in sorted(found ^ expected.keys()):
         fault = "is not part of the adapter it describes" if key in found else "is missing"
         raise CheckpointError(f"{directory}: tensor {key!r} {fault}; use a checkpoint that training wrote")
     tensors: dict[tuple[int, str, str], Tensor] = {}
-    for key, (projection, name) in expected.items():
+    for key, (name, projections) in expected.items():
         stacked = reader.read(key)
         if stacked.shape[0] != info.num_layers:
             raise CheckpointError(
                 f"{directory}: tensor {key!r} has {stacked.shape[0]} layers, adapter.json says {info.num_layers}; "
                 "use a checkpoint that training wrote"
             )
-        tensors |= {(layer, projection, name): tensor for layer, tensor in enumerate(stacked)}
-    return AdapterWeights(spec, tensors, info.base_name_or_path, info.base_fingerprint, info.iteration)
+        tensors |= {(layer, p, name): tensor for layer, tensor in enumerate(stacked) for p in projections}
+    return AdapterWeights(info.spec, tensors, info.base_name_or_path, info.base_fingerprint, info.iteration)
 
 
-def _write_megatron_files(directory: Path) -> None:
+def write_megatron_files(directory: Path) -> None:
     """What megatron's `torch_dist` strategy wants beside the tensors; importing megatron for it would take seconds."""
     torch.save({}, directory / "common.pt")
     backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
@@ -238,11 +244,17 @@ def _write_megatron_files(directory: Path) -> None:
     (directory / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
 
 
-def _adapter_key(projection: str, name: str) -> str:
-    """Where megatron keeps one parameter of all layers' adapters on one projection."""
-    linear = next(linear for linear, fused in MEGATRON_LINEARS.items() if projection in fused)
-    block = "mlp" if linear.startswith("linear_fc") else "self_attention"
-    return f"decoder.layers.{block}.{linear}.adapters.{projection}.{name}"
+def stored_parameters(spec: AdapterSpec) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """{key of the stacked tensor in a checkpoint: (parameter, projections that it belongs to)}."""
+    stored: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for group, projections in spec.adapter_groups:
+        linear = next(linear for linear, fused in MEGATRON_LINEARS.items() if projections[0] in fused)
+        block = "mlp" if linear.startswith("linear_fc") else "self_attention"
+        for name in spec.parameter_names:
+            for holders in [(p,) for p in projections] if name == "B" else [projections]:
+                key = spec.stored_name(name, holders[0], projections)
+                stored[f"decoder.layers.{block}.{linear}.adapters.{group}.{key}"] = (name, holders)
+    return stored
 
 
 def _open_hf(hf_model: Path) -> tuple[LlamaConfig, HfWeights]:
@@ -253,7 +265,7 @@ def _open_hf(hf_model: Path) -> tuple[LlamaConfig, HfWeights]:
     if (
         config.tie_word_embeddings
         and OUTPUT_KEY in weights.shapes
-        and not _bits_equal(weights.read(OUTPUT_KEY), weights.read(EMBEDDING_KEY))
+        and not bits_equal(weights.read(OUTPUT_KEY), weights.read(EMBEDDING_KEY))
     ):
         raise CheckpointError(
             f"{hf_model}: tensor {OUTPUT_KEY!r} differs from {EMBEDDING_KEY!r}, but config.json has "
@@ -303,8 +315,3 @@ def _split_into_shards(chunks: Iterable[Chunk], reader: TorchDistReader, max_byt
 
 def _needed_keys(chunks: Iterable[Chunk]) -> list[str]:
     return [key for chunk in chunks for key in chunk.hf_shapes]
-
-
-def _bits_equal(a: Tensor, b: Tensor) -> bool:
-    """Same dtype, shape and bits; NaN equals itself."""
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -120,6 +120,11 @@ class Fingerprint:
         return hashlib.sha256("".join(self._lines[key] for key in sorted(self._lines)).encode()).hexdigest()
 
 
+def bits_equal(a: Tensor, b: Tensor) -> bool:
+    """Same dtype, shape and bits; NaN equals itself."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 @dataclass(frozen=True)
 class TensorChunk:
     """A block of a tensor in a checkpoint, and where its values come from."""
@@ -166,7 +171,8 @@ def write_torch_dist(
     writer = FileSystemWriter(directory, thread_count=1)
     writer.set_up_storage_writer(True)
     plans = [SavePlan([_write_item(chunk) for chunk in group]) for group in groups]
-    plans.append(SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in empty_objects]))
+    if empty_objects:
+        plans.append(SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in empty_objects]))
     plans, metadata = create_default_global_save_plan([writer.prepare_local_plan(plan) for plan in plans])
     plans = writer.prepare_global_plan(plans)
     planner = _LazyPlanner(chunk for group in groups for chunk in group)
@@ -201,6 +207,7 @@ class TorchDistReader:
 
     Attributes:
         tensors: {key: metadata with `size` (global shape) and `properties.dtype`}.
+        objects: keys of what is not a tensor.
 
     Raises:
         CheckpointError: the checkpoint is half-written: a file is missing or too short.
@@ -211,6 +218,7 @@ class TorchDistReader:
         self._directory = directory
         metadata = self._read_metadata()
         self.tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+        self.objects = metadata.state_dict_metadata.keys() - self.tensors.keys()
         self._reader.set_up_storage_reader(metadata, True)
 
     def _read_metadata(self) -> Metadata:

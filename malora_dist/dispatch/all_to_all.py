@@ -3,7 +3,7 @@
 A token whose experts live on the same rank is sent there once, with the gates of that rank's
 experts beside it; the rank returns their gate-weighted sum. A row out is Z + E numbers wide
 (Z = shared_dim for MALoRA: S_A x travels, never x), a row back M. Shape suffixes as in base.py,
-and: R ranks of the expert-parallel group, S rows sent.
+and: R ranks of the expert-parallel group, Q tensor-parallel ranks (sequence shards), S rows sent.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.distributed import ProcessGroup
 
 from malora_dist.adapters.maths import Routing, dense_gates
 from malora_dist.dispatch.base import DispatchedTokens
-from malora_dist.parallel.collectives import all_to_all_rows, exchange_counts
+from malora_dist.parallel.collectives import all_to_all_rows, exchange_counts, gather_rows, reduce_scatter_rows
 
 
 @dataclass(frozen=True)
 class _Handle:
     token_of_row_S: Tensor
     num_tokens: int
-    send_counts: tuple[int, ...]
-    receive_counts: tuple[int, ...]
+    send_counts: list[int]
+    receive_counts: list[int]
 
 
 class AllToAllDispatcher:
     """Dispatch by two uneven all-to-alls over the expert-parallel group.
 
     Expert e lives on rank e // (N / R) of the group. The row counts are read on the host: one
-    synchronisation per adapted projection.
+    synchronisation per adapter.
     """
 
     name = "all_to_all"
@@ -43,14 +43,11 @@ class AllToAllDispatcher:
 
     def dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
         num_tokens = z_TZ.shape[0]
-        rank_TK = routing.experts_TK // self._experts_per_rank
-        wanted_TR = torch.zeros(num_tokens, self._ranks, dtype=torch.bool, device=z_TZ.device).scatter_(
-            1, rank_TK, True
-        )
+        wanted_TR = self._wanted(routing.experts_TK)
         rank_of_row_S, token_of_row_S = wanted_TR.t().nonzero(as_tuple=True)  # by rank, then by token
         send_R = wanted_TR.sum(dim=0)
         receive_R = exchange_counts(send_R, self._group)
-        handle = _Handle(token_of_row_S, num_tokens, tuple(send_R.tolist()), tuple(receive_R.tolist()))
+        handle = _Handle(token_of_row_S, num_tokens, send_R.tolist(), receive_R.tolist())
 
         gates_TRE = dense_gates(routing).view(num_tokens, self._ranks, self._experts_per_rank)
         # Gates travel in z's dtype beside z: they multiply a tensor of that dtype on either side.
@@ -64,3 +61,54 @@ class AllToAllDispatcher:
         returned_SM = all_to_all_rows(y_WM, handle.receive_counts, handle.send_counts, self._group)
         y_TM = returned_SM.new_zeros(handle.num_tokens, returned_SM.shape[-1])
         return y_TM.index_add(0, handle.token_of_row_S, returned_SM)
+
+    def gather(
+        self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup
+    ) -> tuple[Tensor, DispatchedTokens]:
+        """Rows come by (rank, token of the shard), and leave by (rank, token of all shards)."""
+        wanted_TR = self._wanted(experts_TK)
+        sent_RQ, received_RQ = self._rows_by_shard(wanted_TR, tp_group.size())
+        by_shard = gather_rows(u_WU, received_RQ.sum(dim=0).tolist(), tp_group)
+        order = _transposed_blocks(received_RQ.t())
+        handle = _Handle(
+            wanted_TR.t().nonzero(as_tuple=True)[1],
+            wanted_TR.shape[0],
+            sent_RQ.sum(dim=1).tolist(),
+            received_RQ.sum(dim=1).tolist(),
+        )
+        return by_shard[order.to(u_WU.device)], DispatchedTokens(tokens.rows_WZ, tokens.gates_WE, handle)
+
+    def reduce_scatter(
+        self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup
+    ) -> tuple[Tensor, DispatchedTokens]:
+        """Rows come by (rank, token of all shards), and leave by (rank, token of the shard)."""
+        wanted_TR = self._wanted(experts_TK)
+        sent_RQ, received_RQ = self._rows_by_shard(wanted_TR, tp_group.size())
+        order = _transposed_blocks(received_RQ)
+        u_shard = reduce_scatter_rows(u_WU[order.to(u_WU.device)], received_RQ.sum(dim=0).tolist(), tp_group)
+        shard = tp_group.rank()
+        own_TR = wanted_TR.chunk(tp_group.size())[shard]
+        handle = _Handle(
+            own_TR.t().nonzero(as_tuple=True)[1],
+            own_TR.shape[0],
+            sent_RQ[:, shard].tolist(),
+            received_RQ[:, shard].tolist(),
+        )
+        return u_shard, DispatchedTokens(tokens.rows_WZ, tokens.gates_WE, handle)
+
+    def _wanted(self, experts_TK: Tensor) -> Tensor:
+        """Which ranks have an expert of which token. bool [T, R]"""
+        none_TR = torch.zeros(experts_TK.shape[0], self._ranks, dtype=torch.bool, device=experts_TK.device)
+        return none_TR.scatter_(1, experts_TK // self._experts_per_rank, True)
+
+    def _rows_by_shard(self, wanted_TR: Tensor, shards: int) -> tuple[Tensor, Tensor]:
+        """Rows that go to, and come from, each rank by sequence shard of the token. Two int64 [R, Q] on the CPU."""
+        sent_RQ = wanted_TR.unflatten(0, (shards, -1)).sum(dim=1).t().contiguous()
+        return sent_RQ.cpu(), exchange_counts(sent_RQ, self._group).cpu()
+
+
+def _transposed_blocks(sizes_AB: Tensor) -> Tensor:
+    """The index that takes rows lying by (a, b) to the order (b, a); block (a, b) has ``sizes_AB[a, b]`` rows."""
+    ends_AB = sizes_AB.flatten().cumsum(0).view_as(sizes_AB)
+    blocks = zip((ends_AB - sizes_AB).t().flatten().tolist(), ends_AB.t().flatten().tolist(), strict=True)
+    return torch.cat([torch.arange(start, end) for start, end in blocks])

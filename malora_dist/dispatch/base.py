@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from malora_dist.adapters.maths import Routing
 
@@ -44,4 +45,25 @@ class TokenDispatcher(Protocol):
 
     def combine(self, y_WM: Tensor, tokens: DispatchedTokens) -> Tensor:
         """Bring the experts' results back in the order of the tokens: their gate-weighted sum. [T, M]"""
+        ...
+
+
+class ShardedRowsDispatcher(TokenDispatcher, Protocol):
+    """A dispatcher that can also change, between :meth:`dispatch` and :meth:`combine`, which tokens it works on.
+
+    The tensor-parallel ranks of one expert have either their own sequence shard's tokens or all of
+    them. MoLoRA's x is sent in the one form and the experts' outputs are wanted in the other; in
+    between only their r-wide inner values cross TP. Shape suffix: U width of those values.
+    """
+
+    def gather(
+        self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup
+    ) -> tuple[Tensor, DispatchedTokens]:
+        """From the tokens of the sequence shard to all tokens; `experts_TK` are those of all tokens."""
+        ...
+
+    def reduce_scatter(
+        self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup
+    ) -> tuple[Tensor, DispatchedTokens]:
+        """From partial sums over all tokens to whole sums over those of the sequence shard; the inverse."""
         ...

@@ -46,6 +46,13 @@ class MaloraConfig(PeftConfig, AdapterSpec):
                 f"must be {' or '.join(METHODS)} in a MaloraConfig",
                 "use peft.LoraConfig for the methods without a router",
             )
+        if self.fuse_projections:
+            raise ConfigError(
+                "fuse_projections",
+                True,
+                "must be false in a MaloraConfig, PEFT adapts each projection by itself",
+                "train it with malora_dist.train; an export writes what is shared once per projection",
+            )
         if self.target_modules in (None, "all-linear"):
             self.target_modules = list(PROJECTIONS)
         if isinstance(self.target_modules, str):

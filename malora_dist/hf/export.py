@@ -20,10 +20,8 @@ from torch import Tensor
 from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import CheckpointError
 from malora_dist.hf.config import MaloraConfig
-from malora_dist.hf.keys import check_tensors, saved_key
+from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
 
-#: (0-based layer number, Hugging Face projection name, parameter name)
-TensorKey = tuple[int, str, str]
 _FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
 
 
@@ -36,19 +34,21 @@ def write_peft_adapter(
 ) -> None:
     """Write an adapter in PEFT's format: all of it, or nothing.
 
+    PEFT adapts each projection by itself: what ``fuse_projections`` shares is written once per projection.
+
     Args:
         directory: new, empty, or an earlier export, which is replaced.
         tensors: every parameter of every adapted projection of every layer, unsharded, shaped as
             :meth:`AdapterSpec.parameter_shape`. Layers have to be numbered without gaps.
         base_model_name_or_path: where PEFT finds the base.
-        base_fingerprint: kept in the safetensors metadata, and in the config of molora and malora.
+        base_fingerprint: kept in the safetensors metadata with the method, and in the config of molora and malora.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors (all listed), or a directory that
             holds something else.
     """
     directory = directory.resolve()
-    _check_complete(spec, tensors)
+    check_complete("adapter export", spec, tensors, "export an adapter of exactly this spec, unsharded")
     _check_replaceable(directory)
     config = _peft_config(spec, base_model_name_or_path, base_fingerprint)
     # clone(): safetensors refuses tensors that share memory, as the copies of a fused projection do
@@ -57,7 +57,8 @@ def write_peft_adapter(
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        save_file(state, temporary / SAFETENSORS_WEIGHTS_NAME, {"format": "pt", "base_fingerprint": base_fingerprint})
+        metadata = {"format": "pt", METADATA_BASE: base_fingerprint, METADATA_METHOD: spec.method}
+        save_file(state, temporary / SAFETENSORS_WEIGHTS_NAME, metadata)
         config.save_pretrained(str(temporary))
         _replace(directory, temporary)
     finally:
@@ -67,7 +68,7 @@ def write_peft_adapter(
 def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerprint: str) -> PeftConfig:
     if spec.is_mixture:
         return MaloraConfig(
-            **spec.adapter_fields(),
+            **spec.adapter_fields() | {"fuse_projections": False},
             task_type="CAUSAL_LM",
             inference_mode=True,
             base_model_name_or_path=base_model_name_or_path,
@@ -84,27 +85,6 @@ def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerpri
     )
     config.target_modules = sorted(spec.projections)  # a set, if given to the constructor: saved in any order
     return config
-
-
-def _check_complete(spec: AdapterSpec, tensors: Mapping[TensorKey, Tensor]) -> None:
-    """Check keys and shapes, the widths of a projection being those of its first complete layer."""
-    layers = range(max((layer for layer, _, _ in tensors), default=0) + 1)
-    input_name = "S" if spec.method == "malora" else "A"
-    expected: dict[str, tuple[int, ...]] = {}
-    for projection in spec.projections:
-        inputs = [tensors[i, projection, input_name] for i in layers if (i, projection, input_name) in tensors]
-        outputs = [tensors[i, projection, "B"] for i in layers if (i, projection, "B") in tensors]
-        in_features = inputs[0].shape[-1] if inputs else 0
-        out_features = outputs[0].shape[-2] if outputs and outputs[0].dim() > 1 else 0
-        for name in spec.parameter_names:
-            shape = spec.parameter_shape(name, in_features, out_features)
-            expected |= {_readable((i, projection, name)): shape for i in layers}
-    found = {_readable(key): t.shape for key, t in tensors.items()}
-    check_tensors("adapter export", expected, found, "export an adapter of exactly this spec, unsharded")
-
-
-def _readable(key: TensorKey) -> str:
-    return f"layers.{key[0]}.{key[1]}.{key[2]}"
 
 
 def _check_replaceable(directory: Path) -> None:

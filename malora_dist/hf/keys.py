@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from torch import Tensor
+
 from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import CheckpointError
+
+#: (0-based layer number, Hugging Face projection name, parameter name)
+TensorKey = tuple[int, str, str]
+
+#: Entries of an export's safetensors metadata: what a LoraConfig has no field for.
+METADATA_BASE = "base_fingerprint"
+METADATA_METHOD = "method"
 
 #: What PEFT puts before the base model's own module names in a saved adapter.
 SAVED_PREFIX = "base_model.model."
@@ -18,6 +27,30 @@ def saved_key(spec: AdapterSpec, layer_number: int, projection: str, name: str) 
     block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
     suffix = f"malora_{name}" if spec.is_mixture else f"lora_{name}.weight"
     return f"{SAVED_PREFIX}model.layers.{layer_number}.{block}.{projection}.{suffix}"
+
+
+def check_complete(source: str, spec: AdapterSpec, tensors: Mapping[TensorKey, Tensor], cure: str) -> None:
+    """Check keys and shapes of a whole adapter, the widths of a projection being those of its first complete layer.
+
+    Raises:
+        CheckpointError: as :func:`check_tensors`, with keys such as ``layers.0.q_proj.B``.
+    """
+    layers = range(max((layer for layer, _, _ in tensors), default=0) + 1)
+    input_name = "S" if spec.method == "malora" else "A"
+    expected: dict[str, tuple[int, ...]] = {}
+    for projection in spec.projections:
+        inputs = [tensors[i, projection, input_name] for i in layers if (i, projection, input_name) in tensors]
+        outputs = [tensors[i, projection, "B"] for i in layers if (i, projection, "B") in tensors]
+        in_features = inputs[0].shape[-1] if inputs and inputs[0].dim() else 0
+        out_features = outputs[0].shape[-2] if outputs and outputs[0].dim() > 1 else 0
+        for name in spec.parameter_names:
+            shape = spec.parameter_shape(name, in_features, out_features)
+            expected |= {_readable((i, projection, name)): shape for i in layers}
+    check_tensors(source, expected, {_readable(key): t.shape for key, t in tensors.items()}, cure)
+
+
+def _readable(key: TensorKey) -> str:
+    return f"layers.{key[0]}.{key[1]}.{key[2]}"
 
 
 def check_tensors(

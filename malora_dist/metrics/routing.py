@@ -26,17 +26,16 @@ def reduce_statistics(context: RoutingContext, topology: Topology) -> dict[str, 
     context.statistics.clear()
     if found:
         counts_LJN = torch.stack([s.counts_JN for s in found])
-        scalars_L2 = torch.stack([torch.stack((s.entropy_sum, s.aux_loss_sum)) for s in found])
+        scalars_L3 = torch.stack([torch.stack((s.entropy_sum, s.aux_loss_sum, s.microbatches)) for s in found])
         for group in (topology.dp_group, topology.tp_group):
-            for tensor in (counts_LJN, scalars_L2):
+            for tensor in (counts_LJN, scalars_L3):
                 dist.all_reduce(tensor, group=group)
         # Every TP rank held the whole microbatch's loss, but only its own tokens' counts and entropy.
-        replicas = topology.dp_size * topology.tp_size
+        scalars_L3[:, 1:] /= topology.tp_size
         stage = {
-            site: SiteStatistics(counts_LJN[i].cpu(), scalars_L2[i, 0].cpu(), scalars_L2[i, 1].cpu() / topology.tp_size,
-                                 found[i].microbatches * replicas // topology.tp_size)
-            for i, site in enumerate(sites)
-        }  # fmt: skip
+            site: SiteStatistics(counts_JN, *scalars_3)
+            for site, counts_JN, scalars_3 in zip(sites, counts_LJN.cpu(), scalars_L3.cpu(), strict=True)
+        }
     else:
         stage = {}
     stages: list[dict[str, SiteStatistics]] = [{} for _ in range(topology.pp_size)]
@@ -71,7 +70,7 @@ def report_routing(statistics: dict[str, SiteStatistics], topk: int, task_names:
         counts_N = s.counts_JN[1:].sum(dim=0)
         balances.append(balance(counts_N))
         entropies.append(float(s.entropy_sum) / max(float(counts_N.sum()) / topk, 1.0))
-        aux_loss += float(s.aux_loss_sum) / max(s.microbatches, 1)
+        aux_loss += float(s.aux_loss_sum) / max(float(s.microbatches), 1.0)
         scalars[f"malora/balance/{site}"] = balances[-1]
         scalars[f"malora/router entropy/{site}"] = entropies[-1]
         expert_counts[f"malora/tokens per expert/{site}"] = counts_N.tolist()

@@ -83,16 +83,21 @@ def _check_is_llama(hf_dir: Path, raw: Mapping[str, Any]) -> None:
 
 def _check_rope(hf_dir: Path, raw: Mapping[str, Any]) -> None:
     """Both spellings: transformers 5's ``rope_parameters`` and ``rope_scaling`` with ``rope_type`` or ``type``."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(name) or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
+    given = {name: raw[name] for name in ("rope_parameters", "rope_scaling") if raw.get(name)}
+    if len(given) == 2:
         raise CheckpointError(
-            f"{hf_dir}: config.json has {name}.rope_type={rope_type!r}, must be one of {', '.join(ROPE_TYPES)}; "
-            "use a model with one of these"
+            f"{hf_dir}: config.json has both rope_parameters={raw['rope_parameters']!r} and "
+            f"rope_scaling={raw['rope_scaling']!r}, of which each version of transformers reads one; remove one"
         )
-    partial = rope.get("partial_rotary_factor", 1.0)
-    _require(hf_dir, f"{name}.partial_rotary_factor", partial, 1.0, "use a Llama that rotates the whole head")
+    for name, rope in given.items():
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type not in ROPE_TYPES:
+            raise CheckpointError(
+                f"{hf_dir}: config.json has {name}.rope_type={rope_type!r}, must be one of {', '.join(ROPE_TYPES)}; "
+                "use a model with one of these"
+            )
+        partial = rope.get("partial_rotary_factor", 1.0)
+        _require(hf_dir, f"{name}.partial_rotary_factor", partial, 1.0, "use a Llama that rotates the whole head")
 
 
 def _require(hf_dir: Path, name: str, value: object, supported: object, cure: str) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -28,6 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from malora_dist.adapters.spec import MEGATRON_LINEARS
+from malora_dist.config import Config
 from malora_dist.errors import ConfigError
 from malora_dist.models.adapted_linear import (
     AdaptedColumnParallelLinear,
@@ -35,6 +35,7 @@ from malora_dist.models.adapted_linear import (
     AdapterSettings,
     is_adapter_key,
 )
+from malora_dist.models.attention import SdpaAttention
 from malora_dist.models.hf_config import rope_inv_freq
 from malora_dist.models.routing_context import RoutingContext
 from malora_dist.parallel.topology import Topology
@@ -47,50 +48,12 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
-class SdpaAttention(MegatronModule):
-    """Causal attention by torch's scaled_dot_product_attention, on every device.
-
-    megatron passes ``attention_mask`` through; it carries the microbatch's token tasks here (see
-    :class:`LlamaLayer`). Padding is on the right, so the causal mask alone keeps it out.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        self._softmax_scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads * head_dim]."""
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        context = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self._softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-
 class LlamaLayer(TransformerLayer):
     """megatron's layer; tells the adapters which tokens it is working on.
 
     ``attention_mask`` is the only per-microbatch tensor megatron hands to every layer of every
     pipeline stage and keeps for activation recompute, and causal attention needs none: it
-    carries `token_task` [b, s] (see RoutingContext).
+    carries ``Microbatch.marks``, int64 [1 or 2, b, s] (see routing_context.py).
     """
 
     def __init__(self, *args: Any, context: RoutingContext, **kwargs: Any) -> None:
@@ -98,7 +61,8 @@ class LlamaLayer(TransformerLayer):
         self._routing_context = context
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._routing_context.token_task_BS = kwargs.get("attention_mask")
+        marks_CBS = kwargs.get("attention_mask")
+        self._routing_context.token_task_BS = None if marks_CBS is None else marks_CBS[0]
         return super().forward(*args, **kwargs)
 
 
@@ -114,33 +78,59 @@ class LlamaModel(GPTModel):
         rotary = self.rotary_pos_emb
         assert rotary.inv_freq.shape == inv_freq.shape, "head_dim disagrees with the rotary frequencies"
         rotary.inv_freq = inv_freq.to(rotary.inv_freq.device)
+        if self.pre_process and self.config.recompute_granularity is not None:
+            # A recomputed part whose input needs no gradient gets none at all, its adapters included.
+            self.embedding.register_forward_hook(lambda _module, _args, output: _require_grad(output))
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Tied copies on two stages need no synchronisation: both are frozen and loaded from the checkpoint."""
 
 
-def transformer_config(hf: LlamaConfig, topology: Topology, sequence_parallel: bool, bf16: bool) -> TransformerConfig:
-    """megatron's TransformerConfig of a Llama.
+def _require_grad(embedded: Tensor) -> Tensor:
+    return embedded.requires_grad_() if torch.is_grad_enabled() else embedded
 
-    expert_model_parallel_size stays out of it: the base is dense, experts live in the adapters.
 
-    Raises:
-        ConfigError: a width that the layout cannot divide.
-    """
-    tp = topology.tp_size
+def _check_divisible(hf: LlamaConfig, config: Config) -> None:
+    """The base's widths and layers fit the layout."""
+    tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(hf, key) % tp:
             raise ConfigError(
                 "tensor_model_parallel_size", tp, f"must divide the base's {key}={getattr(hf, key)}", "lower it"
             )
-    if hf.num_hidden_layers % topology.pp_size:
-        raise ConfigError(
-            "pipeline_model_parallel_size",
-            topology.pp_size,
-            f"must divide the base's num_hidden_layers={hf.num_hidden_layers}",
-            "choose a divisor",
-        )
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    ends = [n for n in (config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers) if n]
+    stages, layers = pp - len(ends), hf.num_hidden_layers - sum(ends)
+    chunks = stages * config.virtual_pipeline_model_parallel_size
+    if (layers % chunks or layers < chunks) if stages else layers:
+        rule = f"cannot share the base's num_hidden_layers={hf.num_hidden_layers} equally: "
+        rule += f"{layers} are left for {stages} stages" if ends else f"{pp} stages"
+        if config.virtual_pipeline_model_parallel_size > 1:
+            rule += f" of virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size} chunks"
+        cure = "choose a divisor, or set decoder_first_pipeline_num_layers or decoder_last_pipeline_num_layers"
+        raise ConfigError("pipeline_model_parallel_size", pp, rule, cure)
+    per_chunk = {
+        n // config.virtual_pipeline_model_parallel_size for n in [*ends, *([layers // stages] if stages else [])]
+    }
+    unit = config.recompute_num_layers
+    if config.recompute_granularity == "full" and config.recompute_method == "uniform":
+        for count in per_chunk:
+            if count % unit:
+                rule = f"must divide the {count} layers of every stage or chunk with recompute_method=uniform"
+                raise ConfigError("recompute_num_layers", unit, rule, "set it to 1")
+
+
+def transformer_config(hf: LlamaConfig, topology: Topology, config: Config) -> TransformerConfig:
+    """megatron's TransformerConfig of a Llama.
+
+    expert_model_parallel_size stays out of it: the base is dense, experts live in the adapters.
+
+    Raises:
+        ConfigError: widths or layers that the layout cannot divide.
+    """
+    _check_divisible(hf, config)
+    is_full = config.recompute_granularity == "full"
+    is_interleaved = config.virtual_pipeline_model_parallel_size > 1
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -155,13 +145,21 @@ def transformer_config(hf: LlamaConfig, topology: Topology, sequence_parallel: b
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=tp,
+        tensor_model_parallel_size=topology.tp_size,
         pipeline_model_parallel_size=topology.pp_size,
-        sequence_parallel=sequence_parallel,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size if is_interleaved else None,
+        num_layers_in_first_pipeline_stage=config.decoder_first_pipeline_num_layers or None,
+        num_layers_in_last_pipeline_stage=config.decoder_last_pipeline_num_layers or None,
+        recompute_granularity=None if config.recompute_granularity == "none" else config.recompute_granularity,
+        recompute_method=config.recompute_method if is_full else None,
+        recompute_num_layers=config.recompute_num_layers if is_full else None,
+        recompute_modules=list(config.recompute_modules),
+        sequence_parallel=config.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=bf16,
-        variable_seq_lengths=topology.pp_size > 1,
+        bf16=config.bf16,
+        # Interleaved stages would mix up the shapes of activations and gradients: two messages, one peer, no tag.
+        variable_seq_lengths=topology.pp_size > 1 and not is_interleaved,
         calculate_per_token_loss=True,
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
@@ -207,7 +205,9 @@ def _linear(name: str, hf: LlamaConfig, settings: AdapterSettings, layer_number:
     return ModuleSpec(module=AdaptedColumnParallelLinear, params={**params, "groups": groups})
 
 
-def layer_spec(hf: LlamaConfig, settings: AdapterSettings, layer_number: int) -> ModuleSpec:
+def layer_spec(
+    hf: LlamaConfig, settings: AdapterSettings, layer_number: int, attention: type[MegatronModule] = SdpaAttention
+) -> ModuleSpec:
     """ModuleSpec of one layer with its adapters; ``layer_number`` is 0-based in the whole model."""
     return ModuleSpec(
         module=LlamaLayer,
@@ -219,7 +219,7 @@ def layer_spec(hf: LlamaConfig, settings: AdapterSettings, layer_number: int) ->
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_linear("linear_qkv", hf, settings, layer_number),
-                    core_attention=SdpaAttention,
+                    core_attention=attention,
                     linear_proj=_linear("linear_proj", hf, settings, layer_number),
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
@@ -245,22 +245,44 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def build_llama(
-    hf: LlamaConfig, config: TransformerConfig, settings: AdapterSettings, max_sequence_length: int
+    hf: LlamaConfig,
+    config: TransformerConfig,
+    settings: AdapterSettings,
+    max_sequence_length: int,
+    attention: type[MegatronModule] = SdpaAttention,
+) -> list[LlamaModel]:
+    """This rank's model chunks, base frozen, adapters at their start; base weights are not loaded yet.
+
+    One chunk, or one per virtual pipeline stage.
+    """
+    stages = range(config.virtual_pipeline_model_parallel_size or 1)
+    build = partial(_build_chunk, hf, config, settings, max_sequence_length, attention)
+    return [build(None)] if len(stages) == 1 else [build(stage) for stage in stages]
+
+
+def _build_chunk(
+    hf: LlamaConfig,
+    config: TransformerConfig,
+    settings: AdapterSettings,
+    max_sequence_length: int,
+    attention: type[MegatronModule],
+    vp_stage: int | None,
 ) -> LlamaModel:
-    """This rank's pipeline stage, base frozen, adapters at their start; base weights are not loaded yet."""
     topology = settings.topology
-    first = get_transformer_layer_offset(config, None, topology.pp_rank)
-    count = get_num_layers_to_build(config, None, topology.pp_rank)
-    specs = [layer_spec(hf, settings, first + i) for i in range(count)]
+    last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
+    first = get_transformer_layer_offset(config, vp_stage, topology.pp_rank)
+    count = get_num_layers_to_build(config, vp_stage, topology.pp_rank)
+    specs = [layer_spec(hf, settings, first + i, attention) for i in range(count)]
     model = LlamaModel(
         config,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),
         padded_vocab_size(hf.vocab_size, topology.tp_size),
         max_sequence_length,
-        pre_process=topology.is_first_stage,
-        post_process=topology.is_last_stage,
+        pre_process=topology.is_first_stage and vp_stage in (None, 0),
+        post_process=topology.is_last_stage and vp_stage in (None, last_chunk),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
+        vp_stage=vp_stage,
         inv_freq=rope_inv_freq(hf),
     ).to(topology.device)
     for name, parameter in model.named_parameters():

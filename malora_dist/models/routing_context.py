@@ -2,6 +2,12 @@
 
 One object per model, set by each transformer layer from its own arguments, so that a layer that
 runs again under activation recompute sees the tokens of its own microbatch.
+
+What a layer is told about its tokens comes as megatron's ``attention_mask``, the only
+per-microbatch tensor that reaches every layer of every pipeline stage and is kept for activation
+recompute: int64 [1, b, s] with token_task, or [2, b, s] with token_task and, below it, each
+position's document in its row (``Microbatch.marks``). Token_task is for the routing context,
+the documents are for attention.
 """
 
 from __future__ import annotations
@@ -20,12 +26,13 @@ class SiteStatistics:
         counts_JN: top-k slots by task and expert, float32 [num_tasks + 1, N]; row 0 is padding.
         entropy_sum: entropy of the router's distribution in nats, summed over non-padding tokens.
         aux_loss_sum: load-balancing loss, summed over microbatches.
+        microbatches: how many of them were not all padding, float32 [].
     """
 
     counts_JN: Tensor
     entropy_sum: Tensor
     aux_loss_sum: Tensor
-    microbatches: int = 0
+    microbatches: Tensor
 
 
 @dataclass
@@ -55,9 +62,9 @@ class RoutingContext:
         """Add one microbatch's sums."""
         found = self.statistics.get(site)
         if found is None:
-            found = SiteStatistics(torch.zeros_like(counts_JN), torch.zeros_like(entropy), torch.zeros_like(aux_loss))
+            found = SiteStatistics(torch.zeros_like(counts_JN), *(torch.zeros_like(entropy) for _ in range(3)))
             self.statistics[site] = found
         found.counts_JN += counts_JN
         found.entropy_sum += entropy
         found.aux_loss_sum += aux_loss
-        found.microbatches += 1
+        found.microbatches += 1.0 if self.token_task_BS is None else (self.token_task_BS > 0).any()

@@ -1,6 +1,6 @@
 """Collectives with gradients, on the groups they are given.
 
-Shape suffixes: W rows sent, V rows received, C row width.
+Shape suffixes: W rows sent or kept by this rank, V rows received, G rows of all ranks, R ranks, C row width.
 """
 
 from __future__ import annotations
@@ -45,3 +45,50 @@ def exchange_counts(send_R: Tensor, group: ProcessGroup) -> Tensor:
     receive_R = torch.empty_like(send_R)
     dist.all_to_all_single(receive_R, send_R, group=group)
     return receive_R
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_WC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.route = (counts, group)
+        return _gather_rows(rows_WC, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_GC: Tensor) -> tuple[Tensor, None, None]:
+        return _reduce_scatter_rows(grad_GC, *ctx.route), None, None
+
+
+class _ReduceScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_GC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.route = (counts, group)
+        return _reduce_scatter_rows(rows_GC, counts, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_WC: Tensor) -> tuple[Tensor, None, None]:
+        return _gather_rows(grad_WC, *ctx.route), None, None
+
+
+# As all-to-alls: gloo and NCCL take uneven rows there, but not in all_gather and reduce_scatter.
+def _gather_rows(rows_WC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    copies = rows_WC.repeat(group.size(), *(1 for _ in rows_WC.shape[1:]))
+    return _all_to_all(copies, [rows_WC.shape[0]] * group.size(), counts, group)
+
+
+def _reduce_scatter_rows(rows_GC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    own = counts[group.rank()]
+    parts = _all_to_all(rows_GC, counts, [own] * group.size(), group)
+    return parts.view(group.size(), own, *rows_GC.shape[1:]).sum(dim=0)
+
+
+def gather_rows(rows_WC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """The rows of all ranks, in the order of the ranks, of which rank r has ``counts[r]``. [G, C]
+
+    The gradient is summed over the ranks: each of them works with the rows in its own way.
+    """
+    return _GatherRows.apply(rows_WC, tuple(counts), group)
+
+
+def reduce_scatter_rows(rows_GC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Sum equally long tensors over the ranks; rank r keeps its ``counts[r]`` rows of the sum. [W, C]"""
+    return _ReduceScatterRows.apply(rows_GC, tuple(counts), group)

@@ -3,14 +3,15 @@
 megatron-core names CUDA in its code (``device="cuda"``, ``torch.cuda.current_device()``, CUDA RNG
 states). On a CPU run the modules listed in ``_MODULES`` get a view of ``torch`` in which those
 names mean the CPU; ``torch`` itself, and every other library, stays as it is. The tests show that
-this is enough for DDP, the optimizers, the pipeline schedule, sequence parallelism and distributed
-checkpoints with megatron-core 0.16.1.
+this is enough for DDP, the optimizers (also the distributed one), the pipeline schedule, sequence
+parallelism and distributed checkpoints, with megatron-core 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from malora_dist.errors import BackendUnavailableError
+from malora_dist.parallel.distributed_optimizer import for_cpu, resumable
 
 #: Factory functions that megatron calls with ``device="cuda"``.
 _FACTORIES = ("empty", "empty_like", "ones", "tensor", "zeros", "zeros_like")
@@ -35,6 +37,7 @@ _MODULES = (
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.models.common.embeddings.rotary_pos_embedding",
     "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.optimizer",
     "megatron.core.parallel_state",
     "megatron.core.pipeline_parallel.p2p_communication",
@@ -48,15 +51,19 @@ _MODULES = (
 )
 
 #: Warnings megatron-core causes by itself: at import, that optional packages are missing, which is
-#: the normal state of a CPU machine (the start-up banner states what is in use instead); and in its
-#: checkpointing, that it calls deprecated functions of torch.
+#: the normal state of a CPU machine (the start-up banner states what is in use instead); in its
+#: checkpointing, that it calls deprecated functions of torch; and in its distributed optimizer, that
+#: it keeps gradients on views of the parameters.
 _EXPECTED_WARNINGS = (
     ".*`load_state_dict` is deprecated.*|.*`save_state_dict` is deprecated.*",
+    ".*The argument order of load has been changed.*|.*assuming the intent is to load in a single process.*",
     ".*we are deprecating ShardedTensor.*",
+    r".*The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed.*",
     ".*(all_gather|reduce_scatter)(_into|_tensor|_base).* is deprecated.*",
     ".*[Tt]ransformer[ _][Ee]ngine.*",
     ".*[Aa]pex.*",
     ".*ModelOpt.*|.*modelopt.*",
+    ".*MimoModelConfig is experimental.*",
     ".*nvidia-resiliency-ext.*|.*nvidia_resiliency_ext.*",
     ".*causal_conv1d.*|.*mamba.*|.*flash.*",
 )
@@ -144,24 +151,34 @@ def choose_device(device: str) -> torch.device:
 @contextlib.contextmanager
 def without_expected_warnings() -> Iterator[None]:
     """Import megatron-core and call its checkpointing inside this; all other warnings are shown."""
-    with warnings.catch_warnings():
-        for pattern in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=pattern)
-        yield
+    # megatron-core 0.19 imports it, and it logs that a machine has CUDA's compiler but no GPU.
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    level = extensions.level
+    extensions.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for pattern in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=pattern)
+            yield
+    finally:
+        extensions.setLevel(level)
 
 
 def adapt_megatron(device: torch.device) -> None:
-    """Make megatron-core run on ``device``: nothing to do on CUDA, the adaptation above on a CPU."""
+    """Make megatron-core run on ``device``: the adaptation above on a CPU, next to nothing on CUDA."""
     with without_expected_warnings():
-        modules: list[ModuleType] = [importlib.import_module(name) for name in _MODULES]
+        modules: dict[str, ModuleType] = {name: importlib.import_module(name) for name in _MODULES}
+    distributed = resumable(modules["megatron.core.optimizer.distrib_optimizer"].DistributedOptimizer)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        return
-    view = _CpuTorch()
-    for module in modules:
-        vars(module)["torch"] = view
-    random = sys.modules["megatron.core.tensor_parallel.random"]
-    vars(random)["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
-    vars(random)["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
-    optimizer = sys.modules["megatron.core.optimizer.optimizer"]
-    vars(optimizer)["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
+    else:
+        distributed = for_cpu(distributed)
+        view = _CpuTorch()
+        for module in modules.values():
+            vars(module)["torch"] = view
+        random = vars(modules["megatron.core.tensor_parallel.random"])
+        random["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
+        random["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
+        optimizer = vars(modules["megatron.core.optimizer.optimizer"])
+        optimizer["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
+    vars(sys.modules["megatron.core.optimizer"])["DistributedOptimizer"] = distributed

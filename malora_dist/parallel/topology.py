@@ -118,6 +118,9 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> Topology:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=(
+            config.virtual_pipeline_model_parallel_size if config.virtual_pipeline_model_parallel_size > 1 else None
+        ),
         expert_model_parallel_size=config.expert_model_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
         create_gloo_process_groups=False,

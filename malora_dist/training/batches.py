@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from malora_dist.config import Config
-from malora_dist.data.batches import Microbatch, train_microbatches, validation_microbatches
+from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches, validation_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
 from malora_dist.parallel.topology import Topology
@@ -21,22 +22,49 @@ from malora_dist.parallel.topology import Topology
 PAD_MULTIPLE = 8
 
 
+class GlobalCounts(NamedTuple):
+    """What all ranks' microbatches of a step hold together.
+
+    Attributes:
+        answer_tokens: labels that the loss is taken on.
+        tokens: positions without padding.
+        microbatches: those that are not all padding.
+    """
+
+    answer_tokens: int
+    tokens: int
+    microbatches: int
+
+
 class BatchSource:
     """Training and validation microbatches for one rank of a layout.
+
+    Args:
+        microbatch_multiple: every rank gets a multiple of so many microbatches, as interleaved
+            pipeline schedules want.
 
     Raises:
         DataError: from construction, for a file or record that cannot be used.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology) -> None:
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology, microbatch_multiple: int = 1
+    ) -> None:
         self._config, self._topology = config, topology
         self._tasks = load_tasks(config, tokenizer, config.seed)
         self._schedule = SampleSchedule(
             [len(task.train) for task in self._tasks], [task.weight for task in config.data], config.seed
         )
         pad = tokenizer.pad_token_id
-        self._pad_token_id = int(tokenizer.eos_token_id if pad is None else pad)
-        self._multiple = math.lcm(PAD_MULTIPLE, topology.tp_size)
+        self._layout = BatchLayout(
+            micro_batch_size=config.micro_batch_size,
+            pad_token_id=int(tokenizer.eos_token_id if pad is None else pad),
+            data_parallel_rank=topology.dp_rank,
+            data_parallel_size=topology.dp_size,
+            multiple_of=math.lcm(PAD_MULTIPLE, topology.tp_size),
+            row_length=config.seq_length if config.packing else None,
+            microbatch_multiple=microbatch_multiple,
+        )
 
     @property
     def task_names(self) -> list[str]:
@@ -48,12 +76,8 @@ class BatchSource:
             self._tasks,
             self._schedule,
             consumed_samples,
-            micro_batch_size=self._config.micro_batch_size,
-            global_batch_size=self._config.global_batch_size,
-            data_parallel_rank=self._topology.dp_rank,
-            data_parallel_size=self._topology.dp_size,
-            pad_token_id=self._pad_token_id,
-            multiple_of=self._multiple,
+            self._config.global_batch_size,
+            self._layout,
         )
         return [self._on_device(microbatch) for microbatch in microbatches]
 
@@ -61,27 +85,17 @@ class BatchSource:
         """Per task with a validation split, this rank's microbatches of it."""
         for index, task in enumerate(self._tasks):
             if task.validation:
-                microbatches = validation_microbatches(
-                    task,
-                    index,
-                    micro_batch_size=self._config.micro_batch_size,
-                    eval_iters=self._config.eval_iters,
-                    data_parallel_rank=self._topology.dp_rank,
-                    data_parallel_size=self._topology.dp_size,
-                    pad_token_id=self._pad_token_id,
-                    multiple_of=self._multiple,
-                )
+                microbatches = validation_microbatches(task, index, self._config.eval_iters, self._layout)
                 yield [self._on_device(microbatch) for microbatch in microbatches]
 
-    def global_token_counts(self, microbatches: list[Microbatch]) -> tuple[int, int]:
-        """(answer tokens, tokens without padding) of the global batch; called by all ranks."""
-        counts = torch.zeros(2, dtype=torch.int64, device=self._topology.device)
+    def global_token_counts(self, microbatches: list[Microbatch]) -> GlobalCounts:
+        """Counts of the global batch; called by all ranks."""
+        counts = torch.zeros(3, dtype=torch.int64, device=self._topology.device)
         for microbatch in microbatches:
-            counts[0] += microbatch.loss_mask_BS.sum().long()
-            counts[1] += (microbatch.token_task_BS > 0).sum()
+            tokens = (microbatch.token_task_BS > 0).sum()
+            counts += torch.stack((microbatch.loss_mask_BS.sum().long(), tokens, (tokens > 0).long()))
         dist.all_reduce(counts, group=self._topology.dp_group)
-        answer_tokens, tokens = counts.tolist()
-        return answer_tokens, tokens
+        return GlobalCounts(*counts.tolist())
 
     def describe(self) -> str:
         """One line per task for the start-up banner."""

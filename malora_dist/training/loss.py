@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from malora_dist.data.batches import Microbatch
@@ -50,7 +51,7 @@ def forward_step(
 ) -> Any:
     """megatron's forward_step_func: one microbatch through this stage, and the loss function."""
     microbatch: Microbatch = next(data_iterator)
-    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, microbatch.token_task_BS)
-    if topology.is_last_stage:
+    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, microbatch.marks)
+    if get_attr_wrapped_model(model, "post_process"):  # of several model chunks on a rank, the one with the logits
         output = token_losses(output, microbatch.labels_BS, vocab_size, topology)
     return output, partial(_sum_over_answers, microbatch, num_tasks)

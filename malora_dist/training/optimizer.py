@@ -1,16 +1,26 @@
-"""AdamW and the learning-rate schedule, both megatron-core's."""
+"""AdamW and the learning-rate schedule, both in megatron-core's wrappers."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from malora_dist.config import TrainConfig
+from malora_dist.config import Config, TrainConfig
+from malora_dist.parallel.backends import TORCH_ADAM, Choice
 
 
-def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> MegatronOptimizer:
-    """float32 AdamW over the adapters; gradients are clipped by their norm over all ranks' shards."""
+def make_optimizer(config: Config, model: Sequence[torch.nn.Module], adam: Choice) -> MegatronOptimizer:
+    """float32 AdamW over the adapters; gradients are clipped by their norm over all ranks' shards.
+
+    Args:
+        model: this rank's chunks, as megatron's DDP wraps them.
+        adam: which implementation, see :func:`malora_dist.parallel.backends.adam_choice`.
+    """
+    _make_megatron_use(adam)
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -23,9 +33,28 @@ def make_optimizer(config: TrainConfig, model: torch.nn.Module) -> MegatronOptim
             adam_eps=config.adam_eps,
             clip_grad=config.clip_grad,
             params_dtype=torch.float32,
+            use_distributed_optimizer=config.use_distributed_optimizer,
         ),
-        [model],
+        list(model),
         use_gloo_process_groups=False,
+    )
+
+
+def _make_megatron_use(choice: Choice) -> None:
+    """Put the chosen Adam in the place of the one that megatron-core took.
+
+    megatron-core takes the first importable of Transformer Engine, apex and torch when it is
+    imported, whatever the device, and keeps it with flags that say whose it is in two modules. They
+    stay as they are set here: its distributed optimizer asks them again in every checkpoint.
+    """
+    adam = choice.load()
+    is_torch = choice.chosen == TORCH_ADAM
+    vars(sys.modules["megatron.core.optimizer"]).update(Adam=adam, USING_PYTORCH_OPTIMIZER=is_torch)
+    vars(sys.modules["megatron.core.optimizer.distrib_optimizer"]).update(
+        Adam=adam,
+        HAVE_APEX_OR_TE=not is_torch,
+        USING_TE_OPTIMIZER=choice.chosen.startswith("transformer_engine."),
+        USING_APEX_OPTIMIZER=choice.chosen.startswith("apex."),
     )
 
 

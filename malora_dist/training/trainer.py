@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,13 @@ from malora_dist.metrics.banner import banner
 from malora_dist.metrics.clock import Clock
 from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
 from malora_dist.metrics.routing import reduce_statistics, report_routing
+from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.models.adapted_linear import AdapterSettings
+from malora_dist.models.attention import attention_class
 from malora_dist.models.hf_config import read_llama_config
 from malora_dist.models.llama import build_llama, transformer_config
 from malora_dist.models.routing_context import RoutingContext
+from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
 from malora_dist.training.evaluation import TaskLosses, format_losses, mean_losses
@@ -55,23 +59,30 @@ class Trainer:
         self.hf = read_llama_config(hf_dir(base_path))
         if config.load:
             check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
-        self.batches = BatchSource(config, _load_tokenizer(hf_dir(base_path)), topology)
+        is_interleaved = config.virtual_pipeline_model_parallel_size > 1
+        self.batches = BatchSource(
+            config, _load_tokenizer(hf_dir(base_path)), topology, topology.pp_size if is_interleaved else 1
+        )
 
         self.context = RoutingContext(num_tasks=len(config.data))
         self.dispatcher = make_dispatcher(config.dispatch, config.num_experts, topology.ep_group, topology.device)
         settings = AdapterSettings(config, topology, self.dispatcher, self.context, config.seed)
-        self.model_config = transformer_config(self.hf, topology, config.sequence_parallel, config.bf16)
-        model = build_llama(self.hf, self.model_config, settings, config.seq_length)
+        self.model_config = transformer_config(self.hf, topology, config)
+        attention = attention_class(attention_choice(config, topology.device).chosen)
+        model = build_llama(self.hf, self.model_config, settings, config.seq_length, attention)
         load_base_weights(checkpoint_dir(base_path), model, topology)
-        self.ddp = DistributedDataParallel(
-            self.model_config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model
+        ddp_config = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
         )
+        self.ddp = [DistributedDataParallel(self.model_config, ddp_config, chunk) for chunk in model]
         self.model_config.finalize_model_grads_func = finalize_model_grads
-        self.model_config.no_sync_func = self.ddp.no_sync
-        optimizer = make_optimizer(config, self.ddp)
+        no_sync = [chunk.no_sync for chunk in self.ddp]
+        self.model_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
+        optimizer = make_optimizer(config, self.ddp, adam_choice(config, topology.device))
         self.trained = Trained(model, optimizer, make_scheduler(config, optimizer))
         if config.load:
             load_adapter_checkpoint(Path(config.load), self.trained, topology)
+        self.traffic = TrafficCounter(topology)
         self.logger = self._make_logger()
 
     def train(self) -> None:
@@ -87,7 +98,7 @@ class Trainer:
         clock = Clock()
         while trained.iteration < last:
             is_logged = (trained.iteration + 1) % config.log_interval == 0 or trained.iteration + 1 == last
-            losses, grad_norm, tokens = self.train_step(record_routing=is_logged)
+            losses, grad_norm, tokens = self.train_step(record=is_logged)
             clock.add(tokens)
             if is_logged:
                 self._log(losses, grad_norm, clock)
@@ -102,36 +113,43 @@ class Trainer:
                     self.save()
         self.logger.close()
 
-    def train_step(self, record_routing: bool = False) -> tuple[TaskLosses, float, int]:
-        """One optimizer step: (mean answer losses, gradient norm before clipping, tokens of the global batch)."""
+    def train_step(self, record: bool = False) -> tuple[TaskLosses, float, int]:
+        """One optimizer step: (mean answer losses, gradient norm before clipping, tokens of the global batch).
+
+        Args:
+            record: keep the step's routing (``self.context``) and traffic (``self.traffic``).
+        """
         trained = self.trained
         microbatches = self.batches.train(trained.consumed_samples)
-        answer_tokens, tokens = self.batches.global_token_counts(microbatches)
+        counts = self.batches.global_token_counts(microbatches)
         self._seed_step(trained.iteration)
         # megatron divides all gradients by the answer tokens of the global batch; the auxiliary
-        # loss shall be a mean over its microbatches.
-        total_microbatches = len(microbatches) * self.topology.dp_size
+        # loss shall be a mean over its microbatches, those of padding left out.
         MoEAuxLossAutoScaler.set_loss_scale(
-            torch.tensor(answer_tokens / total_microbatches, device=self.topology.device)
+            torch.tensor(counts.answer_tokens / max(counts.microbatches, 1), device=self.topology.device)
         )
-        self.context.recording = record_routing
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        self.context.recording = record
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        sums = self._run(microbatches, forward_only=False)
-        _, grad_norm, _ = trained.optimizer.step()
+        self.traffic = TrafficCounter(self.topology)
+        with self.traffic if record else contextlib.nullcontext():
+            sums = self._run(microbatches, forward_only=False)
+            _, grad_norm, _ = trained.optimizer.step()
         if grad_norm is None:  # clip_grad=0: megatron does not compute it
             grad_norm = trained.optimizer.get_grad_norm()
         trained.scheduler.step(increment=1)
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
-        return mean_losses(sums, self.batches.task_names, self.topology), float(grad_norm), tokens
+        return mean_losses(sums, self.batches.task_names, self.topology), float(grad_norm), counts.tokens
 
     @torch.no_grad()
     def evaluate(self) -> TaskLosses:
         """Mean answer loss of each task's validation split; logged. Tasks without one are left out."""
-        self.ddp.eval()
+        for chunk in self.ddp:
+            chunk.eval()
         sums: list[Tensor] = []
         for microbatches in self.batches.validation():
             sums.extend(self._run(microbatches, forward_only=True))
@@ -157,11 +175,12 @@ class Trainer:
         )
         return get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=iter(microbatches),
-            model=[self.ddp],
+            data_iterator=[iter(microbatches) for _ in self.ddp],  # each chunk runs all of them
+            model=self.ddp,
             num_microbatches=len(microbatches),
-            seq_length=self.config.seq_length,
-            micro_batch_size=self.config.micro_batch_size,
+            # What pipeline stages send, where they do not tell one another the shape of each microbatch.
+            seq_length=microbatches[0].tokens_BS.shape[1],
+            micro_batch_size=microbatches[0].tokens_BS.shape[0],
             forward_only=forward_only,
         )
 
@@ -192,6 +211,7 @@ class Trainer:
         scalars = {"lm loss": losses.overall, "learning-rate": lr, "grad-norm": grad_norm,
                    "throughput": tokens_per_second, "iteration-time": seconds}  # fmt: skip
         scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items()}
+        scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
         self.logger.scalars(scalars, iteration)
         self.logger.routing(routing, iteration)
 

@@ -1,0 +1,40 @@
+"""Jobs of tests/test_packing.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from malora_dist.data.batches import Microbatch
+from malora_dist.parallel import topology as layout
+from malora_dist.parallel.device import without_expected_warnings
+from tests.jobs import _randomise_up_projections, _trainer
+
+
+def logits(overrides: list[str], microbatches: list[Microbatch], randomise: bool) -> list[Tensor]:
+    """The model's logits [B, S, V] of each microbatch; ``randomise``: with adapters that do something."""
+    trainer = _trainer(overrides)
+    try:
+        if randomise:
+            _randomise_up_projections(trainer)
+        trainer.ddp.eval()
+        with torch.no_grad():
+            return [trainer.trained.model(m.tokens_BS, m.position_ids_BS, m.marks) for m in microbatches]
+    finally:
+        layout.destroy()
+
+
+def document_masks(marks: list[Tensor | None]) -> list[Tensor | None]:
+    """Attention masks of marks [C, B, S]; here, because the tests' own process does without megatron-core."""
+    with without_expected_warnings():
+        from malora_dist.models.attention import document_mask
+    return [document_mask(m) for m in marks]
+
+
+def task_losses(overrides: list[str]) -> tuple[dict[str, float], dict[str, float]]:
+    """By task at the start of training: (of the validation splits, of the first step)."""
+    trainer = _trainer(overrides)
+    try:
+        return trainer.evaluate().by_task, trainer.train_step()[0].by_task
+    finally:
+        layout.destroy()

@@ -1,0 +1,138 @@
+"""Ways to be wrong about where parameters live, each of which changes numbers and raises no error.
+
+tests/test_canaries.py applies them and asserts that the comparison with the oracle notices. Each is
+a context manager that breaks the code while a job of tests/jobs.py runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+
+def apply(name: str) -> contextlib.AbstractContextManager[None]:
+    """The sabotage ``FUNCTION`` or ``FUNCTION ARGUMENT ...``."""
+    function, *arguments = name.split()
+    return globals()[function](*arguments)
+
+
+@contextlib.contextmanager
+def _started(change: Callable[[Any, str, torch.nn.Parameter], None]) -> Iterator[None]:
+    """Call ``change(adapter, kind, parameter)`` on every parameter of every adapter when it is made."""
+    from malora_dist.models.adapted_linear import Adapter
+
+    start = Adapter._start
+
+    def changed(self: Any, kind: str, *args: Any) -> torch.nn.Parameter:
+        parameter = start(self, kind, *args)
+        change(self, kind, parameter)
+        return parameter
+
+    with patch.object(Adapter, "_start", changed):
+        yield
+
+
+def flip(mark: str, style: str, kind: str) -> contextlib.AbstractContextManager[None]:
+    """Drop a mark where it belongs, set it where it does not."""
+
+    def change(adapter: Any, name: str, parameter: Any) -> None:
+        if (adapter.style, name) == (style, kind):
+            setattr(parameter, mark, not getattr(parameter, mark))
+
+    return _started(change)
+
+
+@contextlib.contextmanager
+def second_reduction() -> Iterator[None]:
+    """Expert gradients are summed over expert-data-parallel ranks once more."""
+    from malora_dist.training import trainer
+
+    finalize = trainer.finalize_model_grads
+
+    def twice(model: Any, *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        from megatron.core import parallel_state
+
+        for chunk in model:
+            for parameter in chunk.parameters():
+                if parameter.requires_grad and not parameter.allreduce:
+                    dist.all_reduce(parameter.main_grad, group=parallel_state.get_expert_data_parallel_group())
+
+    with patch.object(trainer, "finalize_model_grads", twice):
+        yield
+
+
+@contextlib.contextmanager
+def expert_factor() -> Iterator[None]:
+    """Expert gradients are divided by EP, as FastMoE's own DDP would want it."""
+    from malora_dist.training import trainer
+
+    finalize = trainer.finalize_model_grads
+
+    def scaled(model: Any, *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        from megatron.core import parallel_state
+
+        for chunk in model:
+            for parameter in chunk.parameters():
+                if parameter.requires_grad and not parameter.allreduce:
+                    parameter.main_grad /= parallel_state.get_expert_model_parallel_world_size()
+
+    with patch.object(trainer, "finalize_model_grads", scaled):
+        yield
+
+
+@contextlib.contextmanager
+def lost_output_gradient() -> Iterator[None]:
+    """The column gather takes each TP rank's gradient for the whole instead of summing them."""
+    from malora_dist.models import adapted_linear
+
+    gather = adapted_linear.gather_from_sequence_parallel_region
+
+    def whole(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return gather(tensor, *args, **{**kwargs, "tensor_parallel_output_grad": False})
+
+    with patch.object(adapted_linear, "gather_from_sequence_parallel_region", whole):
+        yield
+
+
+@contextlib.contextmanager
+def balance_after_gather() -> Iterator[None]:
+    """The load-balancing loss of a column is taken on every TP rank for all tokens."""
+    from malora_dist.models.adapted_linear import Adapter
+
+    def route(self: Any, z_TZ: Any, logits_TN: Any) -> Any:
+        if self._tp > 1:
+            z_TZ, logits_TN = self._cross_tp_together(z_TZ, logits_TN)
+        routing = self._routing(logits_TN)
+        if self._tp > 1 and self.style == "column":
+            with patch.object(
+                self.settings.context, "local_tasks", lambda n, _rank, _ranks, device: tasks(self, n, device)
+            ):
+                return self._attach_load_balancing(z_TZ, routing), routing
+        return self._attach_load_balancing(z_TZ, routing), routing
+
+    def tasks(adapter: Any, num_tokens: int, device: Any) -> Any:
+        return type(adapter.settings.context).local_tasks(adapter.settings.context, num_tokens, 0, 1, device)
+
+    with patch.object(Adapter, "_route", route):
+        yield
+
+
+@contextlib.contextmanager
+def balance_scaled_by(factor: str) -> Iterator[None]:
+    """The load-balancing loss counts so many times."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    set_loss_scale = MoEAuxLossAutoScaler.set_loss_scale
+
+    def scaled(scale: Any) -> None:
+        set_loss_scale(scale * float(factor))
+
+    with patch.object(MoEAuxLossAutoScaler, "set_loss_scale", staticmethod(scaled)):
+        yield

@@ -1,0 +1,112 @@
+"""Layout, recompute and packing settings that cannot work: the key, its value, the rule, the cure."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from malora_dist.config import Config, TaskConfig
+from malora_dist.errors import ConfigError
+
+PP2 = {"pipeline_model_parallel_size": 2}
+
+
+def config(**fields: Any) -> Config:
+    return Config(pretrained_checkpoint="base", data=[TaskConfig(path="a.jsonl")], **fields)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "fields", "expected"),
+    [
+        (1, {"virtual_pipeline_model_parallel_size": 0}, "virtual_pipeline_model_parallel_size=0: must be at least 1"),
+        (
+            1,
+            {"virtual_pipeline_model_parallel_size": 2},
+            "virtual_pipeline_model_parallel_size=2: needs pipeline_model_parallel_size above 1; set it to 1",
+        ),
+        (
+            2,
+            {**PP2, "virtual_pipeline_model_parallel_size": 2, "global_batch_size": 9},
+            "global_batch_size=9: must, with interleaved stages, be a multiple of micro_batch_size=1 times the "
+            "data-parallel size 1 times pipeline_model_parallel_size=2; a multiple of 2 works",
+        ),
+        (
+            1,
+            {"decoder_first_pipeline_num_layers": 3},
+            "decoder_first_pipeline_num_layers=3: needs pipeline_model_parallel_size above 1; set it to 0",
+        ),
+        (2, {**PP2, "decoder_last_pipeline_num_layers": -1}, "decoder_last_pipeline_num_layers=-1: must not be neg"),
+        (
+            2,
+            {**PP2, "virtual_pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 3},
+            "decoder_last_pipeline_num_layers=3: must be divisible by virtual_pipeline_model_parallel_size=2; choose",
+        ),
+        (1, {"recompute_granularity": "all"}, "recompute_granularity='all': must be one of none, full, selective; ch"),
+        (1, {"recompute_method": "some"}, "recompute_method='some': must be one of uniform, block; choose one of them"),
+        (1, {"recompute_num_layers": 0}, "recompute_num_layers=0: must be at least 1; raise it"),
+        (1, {"recompute_modules": ["moe"]}, "recompute_modules='moe': must be core_attn or mlp; remove it"),
+        (
+            1,
+            {"recompute_granularity": "selective", "recompute_modules": []},
+            "recompute_modules=[]: needs core_attn or mlp; name one or both",
+        ),
+        (
+            2,
+            {**PP2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+            "recompute_modules='mlp': cannot be recomputed with pipeline_model_parallel_size=2; use recompute_granula",
+        ),
+        (
+            2,
+            {"tensor_model_parallel_size": 2, "sequence_parallel": True, "method": "molora", "dispatch": "fastmoe"},
+            "dispatch='fastmoe': cannot sum MoLoRA's inner values over tensor_model_parallel_size=2; use dispatch=all",
+        ),
+        (1, {"packing": True, "global_batch_size": 0}, "global_batch_size=0: must be at least 1; raise it"),
+    ],
+)
+def test_config(world_size: int, fields: dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
+        config(**fields).validate(world_size)
+
+
+@pytest.mark.parametrize(
+    ("layers", "fields", "expected"),
+    [
+        (
+            3,
+            PP2,
+            "pipeline_model_parallel_size=2: cannot share the base's num_hidden_layers=3 equally: 2 stages; choose a "
+            "divisor, or set decoder_first_pipeline_num_layers or decoder_last_pipeline_num_layers",
+        ),
+        (
+            4,
+            {**PP2, "decoder_last_pipeline_num_layers": 4},
+            "pipeline_model_parallel_size=2: cannot share the base's num_hidden_layers=4 equally: 0 are left for 1 st",
+        ),
+        (
+            4,
+            {**PP2, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 2},
+            "pipeline_model_parallel_size=2: cannot share the base's num_hidden_layers=4 equally: 1 are left for 0 st",
+        ),
+        (
+            4,
+            {**PP2, "virtual_pipeline_model_parallel_size": 4},
+            "pipeline_model_parallel_size=2: cannot share the base's num_hidden_layers=4 equally: 2 stages of virtual_",
+        ),
+        (
+            4,
+            {**PP2, "recompute_granularity": "full", "recompute_num_layers": 3},
+            "recompute_num_layers=3: must divide the 2 layers of every stage or chunk with recompute_method=uniform; s",
+        ),
+    ],
+)
+def test_base(layers: int, fields: dict[str, object], expected: str) -> None:
+    """What only shows when the base is known."""
+    from malora_dist.models.llama import transformer_config
+
+    topology = SimpleNamespace(tp_size=1, pp_size=2)
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
+        transformer_config(LlamaConfig(num_hidden_layers=layers), topology, config(**fields))
