@@ -103,24 +103,21 @@ def lost_output_gradient() -> Iterator[None]:
 
 @contextlib.contextmanager
 def balance_after_gather() -> Iterator[None]:
-    """The load-balancing loss of a column is taken on every TP rank for all tokens."""
+    """The load-balancing loss of a column is taken after the gather, whole, on every TP rank."""
     from malora_dist.models.adapted_linear import Adapter
 
-    def route(self: Any, z_TZ: Any, logits_TN: Any) -> Any:
-        if self._tp > 1:
-            z_TZ, logits_TN = self._cross_tp_together(z_TZ, logits_TN)
+    route = Adapter._route
+
+    def late(self: Any, z_TZ: Any, logits_TN: Any) -> Any:
+        if self.style == "row" or self._tp == 1:
+            return route(self, z_TZ, logits_TN)
+        z_TZ, logits_TN = self._cross_tp_together(z_TZ, logits_TN)
         routing = self._routing(logits_TN)
-        if self._tp > 1 and self.style == "column":
-            with patch.object(
-                self.settings.context, "local_tasks", lambda n, _rank, _ranks, device: tasks(self, n, device)
-            ):
-                return self._attach_load_balancing(z_TZ, routing), routing
-        return self._attach_load_balancing(z_TZ, routing), routing
+        tasks_T = self.settings.context.token_task_BS.t().reshape(-1)
+        with patch.object(self, "_tp", 1), patch.object(self.settings.context, "local_tasks", lambda *_: tasks_T):
+            return self._attach_load_balancing(z_TZ, routing), routing
 
-    def tasks(adapter: Any, num_tokens: int, device: Any) -> Any:
-        return type(adapter.settings.context).local_tasks(adapter.settings.context, num_tokens, 0, 1, device)
-
-    with patch.object(Adapter, "_route", route):
+    with patch.object(Adapter, "_route", late):
         yield
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from malora_dist.config import DATA_FORMATS, SECTIONS, TaskConfig, load_config
 from malora_dist.data.formats import load_examples
+from tests.layouts import LAYOUTS, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -121,7 +122,7 @@ def test_training_commands_parse() -> None:
 def test_conversion_commands_parse() -> None:
     parser = tool("convert_hf").build_parser()
     found = [_after(words, "tools/convert_hf.py") for _, words in COMMANDS if "tools/convert_hf.py" in words]
-    assert {words[0] for words in found} == {"import", "export", "export-adapter", "roundtrip"}
+    assert {words[0] for words in found} == {"import", "export", "export-adapter", "import-adapter", "roundtrip"}
     for words in found:
         parser.parse_args(words)
 
@@ -178,3 +179,22 @@ def test_dependencies_are_those_of_setup() -> None:
     text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
     assert sorted(rows) == sorted(wanted)
+
+
+def test_the_table_of_layouts_is_that_of_the_tests() -> None:
+    text = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
+    rows = [
+        line.split(" | ") for line in text.split("|---|---|---|---|---|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+    ]
+    found = [[cell.strip("| ") for cell in row] for row in rows]
+    expected = [
+        [
+            layout.name,
+            *map(str, (layout.processes, layout.tp, layout.pp)),
+            "/".join(map(str, layout.stages)) or str(layout.chunks),
+            *map(str, (layout.dp, layout.ep)),
+            "all four" if layout.methods == METHODS else ", ".join(layout.methods),
+        ]
+        for layout in LAYOUTS
+    ]
+    assert found == expected

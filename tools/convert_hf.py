@@ -1,8 +1,9 @@
-"""Convert a Llama between Hugging Face and megatron-core, and trained adapters to PEFT.
+"""Convert a Llama between Hugging Face and megatron-core, and adapters between training and PEFT.
 
     python tools/convert_hf.py import         --hf-model LLAMA --megatron-path BASE
     python tools/convert_hf.py export         --megatron-path BASE --hf-path NEW_LLAMA
     python tools/convert_hf.py export-adapter --megatron-path SAVE --hf-path ADAPTER [--hf-model LLAMA]
+    python tools/convert_hf.py import-adapter --adapter ADAPTER --megatron-path NEW_SAVE [--base BASE]
     python tools/convert_hf.py roundtrip      --hf-model LLAMA [--megatron-path BASE] [--hf-path NEW_LLAMA]
 
 One process, no GPU, and the memory of one layer. `export` and `roundtrip` are exact to the bit.
@@ -11,12 +12,14 @@ One process, no GPU, and the memory of one layer. `export` and `roundtrip` are e
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from malora_dist.checkpoint.convert import (
     DEFAULT_SHARD_BYTES,
+    AdapterWeights,
     export_hf,
     fingerprint_hf,
     import_hf,
@@ -60,6 +63,25 @@ def run_export_adapter(args: argparse.Namespace) -> str:
     return f"exported {count} ({_gigabytes(args.hf_path):.3g} GB) into {args.hf_path}"
 
 
+def run_import_adapter(args: argparse.Namespace) -> str:
+    """PEFT -> a checkpoint without optimizer state, from which training can start."""
+    from malora_dist.checkpoint.adapter_import import with_base, write_adapter_weights
+    from malora_dist.hf.read import read_peft_adapter  # loads PEFT
+
+    peft = read_peft_adapter(args.adapter)
+    spec = dataclasses.replace(peft.spec, fuse_projections=args.fuse_projections)
+    adapter = AdapterWeights(spec, peft.tensors, peft.base_model_name_or_path, peft.base_fingerprint, iteration=0)
+    if args.base is not None:
+        adapter = with_base(adapter, args.base)
+    elif not adapter.base_fingerprint:
+        raise CheckpointError(
+            f"{args.adapter}: does not tell the fingerprint of its base; name the converted model with --base"
+        )
+    write_adapter_weights(args.megatron_path, adapter)
+    origin = f"{spec.method}, base {adapter.base_model_name_or_path} with fingerprint {adapter.base_fingerprint[:12]}"
+    return f"imported {len(adapter.tensors)} tensors ({origin}) into {args.megatron_path}"
+
+
 def run_roundtrip(args: argparse.Namespace) -> str:
     """Hugging Face -> megatron -> Hugging Face, compared."""
     count = roundtrip(args.hf_model, args.megatron_path, args.hf_path, args.max_shard_bytes)
@@ -71,12 +93,16 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...], 
     "import": (run_import, ("hf-model", "megatron-path"), ()),
     "export": (run_export, ("megatron-path", "hf-path"), ("max-shard-bytes",)),
     "export-adapter": (run_export_adapter, ("megatron-path", "hf-path"), ("hf-model",)),
+    "import-adapter": (run_import_adapter, ("adapter", "megatron-path"), ("base", "fuse-projections")),
     "roundtrip": (run_roundtrip, ("hf-model",), ("megatron-path", "hf-path", "max-shard-bytes")),
 }
 OPTIONS: dict[str, dict] = {
     "hf-model": {"type": Path, "metavar": "DIR", "help": "the Hugging Face model to read"},
     "megatron-path": {"type": Path, "metavar": "DIR", "help": "the converted base, or the `save` directory of a run"},
     "hf-path": {"type": Path, "metavar": "DIR", "help": "the Hugging Face directory to write; must not exist"},
+    "adapter": {"type": Path, "metavar": "DIR", "help": "the PEFT adapter to read"},
+    "base": {"type": Path, "metavar": "DIR", "help": "the converted model that the adapter belongs to"},
+    "fuse-projections": {"action": "store_true", "help": "store once what q, k, v and what gate, up have in common"},
     "max-shard-bytes": {"type": int, "default": DEFAULT_SHARD_BYTES, "help": "largest safetensors file"},
 }
 
