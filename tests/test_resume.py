@@ -45,21 +45,20 @@ def test_resume_is_bit_identical(
 
 #: From -> to, for resuming on another layout; the loss curve goes on as if the layout had not changed.
 RESHARDED = [
-    ("EP 4", "1 process", "malora"),
-    ("1 process", "EP 2", "molora"),
-    ("TP 2", "1 process", "malora"),
-    ("1 process", "TP 2", "molora"),
-    ("PP 2", "1 process", "lora"),
-    ("1 process", "PP 2", "malora"),
-    ("DP 2", "1 process", "asymmetric_lora"),
-    ("1 process", "DP 2", "lora"),
-    ("TP 2, EP 2", "PP 2 interleaved", "malora"),
-    ("PP 2 interleaved", "TP 2, EP 2", "malora"),
+    ("EP 4", "1 process", "malora", "true"),
+    ("1 process", "EP 2", "molora", "false"),
+    ("TP 2", "1 process", "malora", "false"),
+    ("1 process", "TP 2", "molora", "false"),
+    ("PP 2", "1 process", "lora", "false"),
+    ("1 process", "PP 2", "malora", "true"),
+    ("DP 2", "1 process", "asymmetric_lora", "false"),
+    ("1 process", "DP 2", "lora", "false"),
+    ("TP 2, EP 2", "PP 2 interleaved", "malora", "true"),
+    ("PP 2 interleaved", "TP 2, EP 2", "malora", "false"),
 ]
 
 
-@pytest.mark.parametrize("fused", ["false", "true"])
-@pytest.mark.parametrize(("before", "after", "method"), RESHARDED)
+@pytest.mark.parametrize(("before", "after", "method", "fused"), RESHARDED)
 def test_resume_on_another_layout(
     before: str, after: str, method: str, fused: str, workers: WorkerPool, task_files: list[Path],
     base_dir: Path, deep_base: Path, tmp_path: Path,

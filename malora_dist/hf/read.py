@@ -37,7 +37,7 @@ class PeftAdapter:
     """A PEFT adapter, complete and of known shapes.
 
     Attributes:
-        tensors: float32, shaped as :meth:`AdapterSpec.parameter_shape`.
+        tensors: shaped as :meth:`AdapterSpec.parameter_shape`, float32 or the 16-bit dtype of the file.
         base_fingerprint: "" if the directory does not tell.
     """
 
@@ -48,7 +48,7 @@ class PeftAdapter:
 
 
 def read_peft_adapter(directory: Path) -> PeftAdapter:
-    """Read all of an adapter; 16-bit weights become float32, which keeps their values.
+    """Read all of an adapter.
 
     Raises:
         CheckpointError: not a PEFT adapter, another method than this project's four, a setting
@@ -70,7 +70,7 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
             f"{directory}: tensor {unexpected[0]!r} ({len(unexpected)} such) is not part of the adapter that "
             f"{CONFIG_NAME} describes; save the adapter again"
         )
-    tensors = {expected[key]: tensor.float() for key, tensor in found.items()}
+    tensors = {expected[key]: tensor for key, tensor in found.items()}
     check_complete(str(directory), spec, tensors, "save the adapter again")
     return PeftAdapter(
         spec,
