@@ -316,7 +316,7 @@ def test_backends(override: str, expected: str, refuse: Refuse) -> None:
         ),
         (
             ["pipeline_model_parallel_size=2"],
-            "pipeline_model_parallel_size=2: must divide the base's num_hidden_layers=3; choose a divisor",
+            "pipeline_model_parallel_size=2: cannot share the base's num_hidden_layers=3 equally: 2 stages; choose ...",
         ),
     ],
 )

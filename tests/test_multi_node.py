@@ -67,9 +67,13 @@ def run_script(checkout: Path, name: str, *arguments: str, **variables: str) -> 
 # --- the commands that train.sh and train.sbatch build
 
 
-def record_torchrun(python: Path) -> None:
-    """A Python that prints its arguments in place of starting torchrun, and does anything else as this one does."""
-    write_script(python, f'[ "$2" = torch.distributed.run ] || exec {sys.executable} "$@"', 'printf "%s\\n" "$@"')
+@pytest.fixture
+def recorded(checkout: Path) -> str:
+    """A PATH whose Python prints its arguments in place of starting torchrun, and does all else as this one does."""
+    tools = checkout / "bin"
+    real = f'[ "$2" = torch.distributed.run ] || exec {sys.executable} "$@"'
+    write_script(tools / "python3", real, 'printf "%s\\n" "$@"')
+    return f"{tools}:{os.environ['PATH']}"
 
 
 @pytest.mark.parametrize(
@@ -97,12 +101,10 @@ def record_torchrun(python: Path) -> None:
         ),
     ],
 )
-def test_torchrun_command(variables: dict[str, str], expected: str, checkout: Path) -> None:
+def test_torchrun_command(variables: dict[str, str], expected: str, checkout: Path, recorded: str) -> None:
     """What the variables become; overrides arrive one by one, spaces and all."""
-    record_torchrun(checkout / "bin" / "python3")
-    path = f"{checkout / 'bin'}:{os.environ['PATH']}"
     arguments = ["run.yaml", "lr=1e-3", "data=[{path: a b.jsonl}]"]
-    done = run_script(checkout, "train.sh", *arguments, PATH=path, NPROC_PER_NODE="2", **variables)
+    done = run_script(checkout, "train.sh", *arguments, PATH=recorded, NPROC_PER_NODE="2", **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
         "-m", "torch.distributed.run", *expected.split(),
@@ -110,16 +112,14 @@ def test_torchrun_command(variables: dict[str, str], expected: str, checkout: Pa
     ]  # fmt: skip
 
 
-def test_the_environment_of_the_project_comes_first_and_each_gpu_gets_a_process(checkout: Path) -> None:
+def test_the_environment_of_the_project_comes_first_and_each_gpu_gets_a_process(checkout: Path, recorded: str) -> None:
     """.venv is taken where it exists; torch counts the GPUs, and a machine without one gets one process."""
     python = checkout / ".venv" / "bin" / "python"
     write_script(python, 'case $2 in *device_count*) echo 4 ;; *) printf "%s\\n" "$@" ;; esac')
     done = run_script(checkout, "train.sh", "run.yaml")
     assert done.stdout.splitlines()[2:6] == ["--nnodes", "1", "--nproc-per-node", "4"]
     shutil.rmtree(checkout / ".venv")
-    record_torchrun(checkout / "bin" / "python3")
-    path = f"{checkout / 'bin'}:{os.environ['PATH']}"
-    done = run_script(checkout, "train.sh", "run.yaml", PATH=path, CUDA_VISIBLE_DEVICES="")
+    done = run_script(checkout, "train.sh", "run.yaml", PATH=recorded, CUDA_VISIBLE_DEVICES="")
     assert done.stdout.splitlines()[2:6] == ["--nnodes", "1", "--nproc-per-node", "1"]
 
 
@@ -151,8 +151,8 @@ def test_the_environment_of_the_project_comes_first_and_each_gpu_gets_a_process(
         ),
     ],
 )
-def test_variables_that_cannot_work(variables: dict[str, str], expected: str, checkout: Path) -> None:
-    done = run_script(checkout, "train.sh", "run.yaml", **variables)
+def test_variables_that_cannot_work(variables: dict[str, str], expected: str, checkout: Path, recorded: str) -> None:
+    done = run_script(checkout, "train.sh", "run.yaml", PATH=recorded, **variables)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {expected}"), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

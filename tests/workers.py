@@ -104,9 +104,10 @@ class WorkerPool:
 
     def close(self) -> None:
         """End all workers."""
-        for process, connection in self._workers:
+        for _, connection in self._workers:
             connection.close()
-            process.terminate()
         for process, _ in self._workers:
+            process.join(timeout=10)  # time to end the helper process that megatron starts for checkpoints
+            process.terminate()
             process.join()
         self._workers.clear()
