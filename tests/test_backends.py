@@ -337,3 +337,15 @@ def test_a_run_checks_the_versions_before_it_imports_them(tmp_path: Path) -> Non
     cure = "pip install 'megatron-core>=0.16,<0.20'"
     assert done.stderr == f"error: megatron-core 0.21.0: must be >=0.16,<0.20; {cure}\n"
     assert done.returncode == 2
+
+
+def test_a_cpu_run_takes_no_cuda_kernels_for_the_gradient_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron takes them where Transformer Engine or apex is installed, whatever the device."""
+    from malora_dist.parallel.device import adapt_megatron
+
+    adapt_megatron(CPU)
+    from megatron.core.optimizer import clip_grads
+
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", "a CUDA kernel")
+    adapt_megatron(CPU)
+    assert clip_grads.l2_norm_impl is sys.modules["megatron.core.utils"].local_multi_tensor_l2_norm

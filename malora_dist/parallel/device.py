@@ -180,5 +180,11 @@ def adapt_megatron(device: torch.device) -> None:
         random["_get_cuda_rng_state"] = lambda *_, **__: torch.get_rng_state()
         random["_set_cuda_rng_state"] = lambda state, *_, **__: torch.set_rng_state(state)
         optimizer = vars(modules["megatron.core.optimizer.optimizer"])
+        # Not Transformer Engine's or apex's, which are CUDA kernels, where these are installed.
+        utils = modules["megatron.core.utils"]
+        for part in (vars(modules["megatron.core.optimizer.clip_grads"]), optimizer):
+            part["multi_tensor_applier"] = utils.local_multi_tensor_applier
+            part["multi_tensor_scale_impl"] = utils.local_multi_tensor_scale
+            part["l2_norm_impl"] = utils.local_multi_tensor_l2_norm
         optimizer["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
     vars(sys.modules["megatron.core.optimizer"])["DistributedOptimizer"] = distributed

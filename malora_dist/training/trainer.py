@@ -91,8 +91,9 @@ class Trainer:
         last = min(config.train_iters, config.exit_interval or config.train_iters)
         self.logger.message(banner(trained.model, config, self.hf, self.base, self.dispatcher.name, self.topology))
         self.logger.message(self.batches.describe())
-        if trained.iteration:
-            self.logger.message(f"resumed from {config.load} at iteration {trained.iteration}")
+        if config.load:
+            at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
+            self.logger.message(f"loaded {config.load}, going on {at}")
         if trained.iteration >= last:
             self.logger.message(f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters")
         clock = Clock()
