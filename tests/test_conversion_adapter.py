@@ -53,7 +53,7 @@ def stored_keys(spec: AdapterSpec) -> dict[str, list[tuple[str, str]]]:
 def make_adapter_checkpoint(save: Path, spec: AdapterSpec, base: Path) -> dict[TensorKey, Tensor]:
     """What training saves, as if written by two expert-parallel ranks; returns the full tensors."""
     torch.manual_seed(3)
-    ranks: list[list[TensorChunk]] = [[], []]
+    chunks: list[TensorChunk] = []
     full: dict[TensorKey, Tensor] = {}
     for key, holders in stored_keys(spec).items():
         projection, name = holders[0]
@@ -62,11 +62,11 @@ def make_adapter_checkpoint(save: Path, spec: AdapterSpec, base: Path) -> dict[T
         full |= {(layer, p, name): stacked[layer] for layer in range(LAYERS) for p, _ in holders}
         for rank, part in enumerate(stacked.chunk(2, dim=1)):
             offset = (0, rank * part.shape[1], *(0 for _ in shape[1:]))
-            ranks[rank].append(
+            chunks.append(
                 TensorChunk(key, part.dtype, tuple(stacked.shape), offset, tuple(part.shape), part.contiguous)
             )
     moment = TensorChunk("optimizer.state.exp_avg.decoder.x", torch.float32, (3,), (0,), (3,), lambda: torch.ones(3))
-    write_torch_dist(save / "iter_0000100", [[*ranks[0], moment], ranks[1]])
+    write_torch_dist(save / "iter_0000100", [*chunks, moment])
     info = read_base_info(base)
     text = {
         "format_version": 1,
@@ -178,9 +178,8 @@ def test_export_import_export_is_exact(
     directory = checkpoint_dir(tmp_path / "imported")
     assert json.loads((directory / "adapter.json").read_text())["has_optimizer"] is False
     assert TorchDistReader(directory).tensors.keys() == stored_keys(spec).keys()
-    assert sorted(p.name for p in directory.iterdir()) == [
-        ".metadata", "__0_0.distcp", "adapter.json", "common.pt", "metadata.json"
-    ]  # fmt: skip
+    others = {p.name for p in directory.iterdir() if p.suffix != ".distcp"}
+    assert others == {".metadata", "adapter.json", "common.pt", "metadata.json"}
 
 
 def stock_lora(llama: Path, directory: Path, **fields: Any) -> Path:

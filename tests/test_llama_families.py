@@ -87,7 +87,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "TP=2 x PP=2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
 }
 RESAVED_ON = "TP=2 x PP=2"
-#: float32 on both sides, logits of size 10 and more: two orders of summation of the same Llama.
+#: float32 on both sides, in two orders of summation; the largest difference seen is 4e-5, on logits of up to 10.
 TOLERANCE = 1e-4
 
 

@@ -122,3 +122,12 @@ def test_a_checkpoint_says_what_it_is(
     assert (info.iteration, info.num_layers, info.spec.lora_rank) == (2, 2, 4)
     assert info.base_fingerprint == read_base_info(base_dir).fingerprint
     assert load_config(directory / "config.yaml").lr == 0.01
+
+
+def test_what_only_a_mixture_has_does_not_bind_a_lora(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    settings = overrides(base_dir, task_files, "method=lora", "eval_iters=0", f"save={tmp_path}")
+    workers.run("train_with_cli", 1, overrides=[*settings, "train_iters=1"])
+    more = [*settings, "train_iters=2", "num_lora_experts=2", "shared_dim=9", f"load={tmp_path}"]
+    assert [i for i, _ in workers.run("train_with_cli", 1, overrides=more)[0]] == [2]

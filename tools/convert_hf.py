@@ -6,7 +6,7 @@
     python tools/convert_hf.py import-adapter --adapter ADAPTER --megatron-path NEW_SAVE [--base BASE]
     python tools/convert_hf.py roundtrip      --hf-model LLAMA [--megatron-path BASE] [--hf-path NEW_LLAMA]
 
-One process, no GPU, and the memory of one layer. `export` and `roundtrip` are exact to the bit.
+One process, no GPU, and the memory of one tensor and one output file. `export` and `roundtrip` are exact to the bit.
 """
 
 from __future__ import annotations

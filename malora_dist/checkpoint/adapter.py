@@ -42,10 +42,8 @@ ADAPTER_FILE = "adapter.json"
 FORMAT_VERSION = 1
 
 #: Fields in which a resumed run has to equal the checkpoint: together they are the adapter's function.
-_IDENTITY = (
-    "method", "target_modules", "lora_rank", "lora_alpha", "use_rslora", "num_lora_experts", "topk",
-    "shared_dim", "rank_expansion", "norm_topk_prob", "fuse_projections",
-)  # fmt: skip
+_IDENTITY = ("method", "target_modules", "lora_rank", "lora_alpha", "use_rslora", "fuse_projections")
+_IDENTITY_OF_MIXTURES = ("num_lora_experts", "topk", "shared_dim", "rank_expansion", "norm_topk_prob")
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
             f"{info.base_fingerprint[:12]}) than pretrained_checkpoint holds ({base.hf_model_name_or_path}, "
             f"fingerprint {base.fingerprint[:12]}); name that base"
         )
-    for key in _IDENTITY:
+    for key in (*_IDENTITY, *(_IDENTITY_OF_MIXTURES if info.spec.is_mixture else ())):
         saved = info.spec.projections if key == "target_modules" else getattr(info.spec, key)
         wanted = spec.projections if key == "target_modules" else getattr(spec, key)
         if saved != wanted:
@@ -198,7 +196,8 @@ def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) ->
         state = _sharded_state(trained, topology, is_loading=True)
     else:
         state = {"model": _sharded_model(trained.model, topology, adapters=True)}
-    loaded = _load_sharded(state, directory, StrictHandling.RAISE_ALL, "resume with the config.yaml in it")
+    cure = "resume with the config.yaml in it" if has_optimizer else "import the adapter again, for this base"
+    loaded = _load_sharded(state, directory, StrictHandling.RAISE_ALL, cure)
     for number, chunk in enumerate(trained.model):
         chunk.load_state_dict(loaded["model"][f"chunk {number}"], strict=False)
     if has_optimizer:

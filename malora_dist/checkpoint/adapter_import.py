@@ -83,7 +83,7 @@ def write_adapter_weights(save_dir: Path, adapter: AdapterWeights) -> None:
     }
     name = iteration_name(adapter.iteration)
     with staged_directory(save_dir, {TRACKER_FILE, name}) as staging:
-        write_torch_dist(staging / name, [chunks])
+        write_torch_dist(staging / name, chunks)
         write_megatron_files(staging / name)
         (staging / name / ADAPTER_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         (staging / TRACKER_FILE).write_text(f"{adapter.iteration}\n", encoding="utf-8")

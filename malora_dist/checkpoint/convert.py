@@ -1,9 +1,8 @@
-"""Conversions between Hugging Face directories and megatron checkpoints, one layer at a time in memory."""
+"""Conversions between Hugging Face directories and megatron checkpoints, one tensor at a time in memory."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import tempfile
 from collections import Counter
@@ -61,6 +60,8 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
     Everything is written beside `megatron_path` and renamed at the end, so that a conversion that
     was stopped leaves nothing under that name. An earlier conversion there is replaced.
 
+    Peak memory is one fused weight and the tensors that it is made of.
+
     Raises:
         CheckpointError: not a supported Llama, a tensor that is unknown, missing or of the wrong
             shape, or a `megatron_path` that holds something else.
@@ -83,11 +84,12 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
             chunk.key, dtype, chunk.global_shape, chunk.offset, chunk.shape, functools.partial(load, chunk)
         )
 
-    by_layer = [[stored(c) for c in group] for _, group in itertools.groupby(chunks, key=lambda c: c.layer)]
     with staged_directory(megatron_path, BASE_LAYOUT) as staging:
         iteration_dir = staging / iteration_name(0)
-        progress = functools.partial(tqdm, desc="import", unit="layer", disable=None)
-        write_torch_dist(iteration_dir, by_layer, extra_state_keys(config.num_hidden_layers), progress)
+        progress = functools.partial(tqdm, desc="import", unit="tensor", disable=None)
+        write_torch_dist(
+            iteration_dir, [stored(chunk) for chunk in chunks], extra_state_keys(config.num_hidden_layers), progress
+        )
         write_megatron_files(iteration_dir)
         copy_hf_files(hf_model, hf_dir(staging))
         sizes = Counter[str]()

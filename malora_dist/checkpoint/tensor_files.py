@@ -156,13 +156,13 @@ class _LazyPlanner(DefaultSavePlanner):
 
 def write_torch_dist(
     directory: Path,
-    groups: Sequence[Sequence[TensorChunk]],
+    chunks: Sequence[TensorChunk],
     empty_objects: Sequence[str] = (),
     progress: Callable[[Sequence[SavePlan]], Iterable[SavePlan]] = iter,
 ) -> None:
-    """Write a torch distributed checkpoint, one data file per group, a chunk at a time in memory.
+    """Write a torch distributed checkpoint, one data file per chunk: torch keeps what it writes until a file is done.
 
-    To torch each group looks like the share of one rank.
+    To torch each chunk looks like the share of one rank.
 
     Args:
         directory: an empty directory.
@@ -170,12 +170,12 @@ def write_torch_dist(
     """
     writer = FileSystemWriter(directory, thread_count=1)
     writer.set_up_storage_writer(True)
-    plans = [SavePlan([_write_item(chunk) for chunk in group]) for group in groups]
+    plans = [SavePlan([_write_item(chunk)]) for chunk in chunks]
     if empty_objects:
         plans.append(SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in empty_objects]))
     plans, metadata = create_default_global_save_plan([writer.prepare_local_plan(plan) for plan in plans])
     plans = writer.prepare_global_plan(plans)
-    planner = _LazyPlanner(chunk for group in groups for chunk in group)
+    planner = _LazyPlanner(chunks)
     writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in progress(plans)])
 
 
