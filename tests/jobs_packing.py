@@ -17,9 +17,10 @@ def logits(overrides: list[str], microbatches: list[Microbatch], randomise: bool
     try:
         if randomise:
             _randomise_up_projections(trainer)
-        trainer.ddp.eval()
+        (model,) = trainer.trained.model
+        model.eval()
         with torch.no_grad():
-            return [trainer.trained.model(m.tokens_BS, m.position_ids_BS, m.marks) for m in microbatches]
+            return [model(m.tokens_BS, m.position_ids_BS, m.marks) for m in microbatches]
     finally:
         layout.destroy()
 
