@@ -10,6 +10,7 @@ the margin.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,13 @@ from tests.workers import WorkerPool
 STEPS = 5
 RTOL = 1e-4
 TIE_MARGIN = 1e-6
+DEVICE = os.environ.get("MALORA_TEST_DEVICE", "cpu")  # launch/gpu_check.sh sets it
 
 
 def overrides(base: Path, files: list[Path], *more: str) -> list[str]:
     data = ",".join(f"{{path: {file}}}" for file in files)
     return [
-        f"pretrained_checkpoint={base}", f"data=[{data}]", "device=cpu", "seq_length=48", "validation_samples=8",
+        f"pretrained_checkpoint={base}", f"data=[{data}]", f"device={DEVICE}", "seq_length=48", "validation_samples=8",
         "micro_batch_size=2", "global_batch_size=16", "lr=0.01", "weight_decay=0.1", "clip_grad=1.0",
         "lr_decay_style=constant", "adam_eps=1e-3",
         "num_lora_experts=4", "topk=2", "lora_rank=4", "shared_dim=6", "aux_loss_coeff=0.1",
