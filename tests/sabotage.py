@@ -48,43 +48,35 @@ def flip(mark: str, style: str, kind: str) -> contextlib.AbstractContextManager[
 
 
 @contextlib.contextmanager
-def second_reduction() -> Iterator[None]:
+def _finalized(change: Callable[[torch.Tensor], object]) -> Iterator[None]:
+    """Call ``change`` on the finished gradient of every expert's parameter."""
+    from malora_dist.training import trainer
+
+    finalize = trainer.finalize_model_grads
+
+    def changed(model: Any, *args: Any, **kwargs: Any) -> None:
+        finalize(model, *args, **kwargs)
+        for chunk in model:
+            for parameter in chunk.parameters():
+                if parameter.requires_grad and not parameter.allreduce:
+                    change(parameter.main_grad)
+
+    with patch.object(trainer, "finalize_model_grads", changed):
+        yield
+
+
+def second_reduction() -> contextlib.AbstractContextManager[None]:
     """Expert gradients are summed over expert-data-parallel ranks once more."""
-    from malora_dist.training import trainer
+    from megatron.core import parallel_state
 
-    finalize = trainer.finalize_model_grads
-
-    def twice(model: Any, *args: Any, **kwargs: Any) -> None:
-        finalize(model, *args, **kwargs)
-        from megatron.core import parallel_state
-
-        for chunk in model:
-            for parameter in chunk.parameters():
-                if parameter.requires_grad and not parameter.allreduce:
-                    dist.all_reduce(parameter.main_grad, group=parallel_state.get_expert_data_parallel_group())
-
-    with patch.object(trainer, "finalize_model_grads", twice):
-        yield
+    return _finalized(lambda grad: dist.all_reduce(grad, group=parallel_state.get_expert_data_parallel_group()))
 
 
-@contextlib.contextmanager
-def expert_factor() -> Iterator[None]:
+def expert_factor() -> contextlib.AbstractContextManager[None]:
     """Expert gradients are divided by EP, as FastMoE's own DDP would want it."""
-    from malora_dist.training import trainer
+    from megatron.core import parallel_state
 
-    finalize = trainer.finalize_model_grads
-
-    def scaled(model: Any, *args: Any, **kwargs: Any) -> None:
-        finalize(model, *args, **kwargs)
-        from megatron.core import parallel_state
-
-        for chunk in model:
-            for parameter in chunk.parameters():
-                if parameter.requires_grad and not parameter.allreduce:
-                    parameter.main_grad /= parallel_state.get_expert_model_parallel_world_size()
-
-    with patch.object(trainer, "finalize_model_grads", scaled):
-        yield
+    return _finalized(lambda grad: grad.div_(parallel_state.get_expert_model_parallel_world_size()))
 
 
 @contextlib.contextmanager

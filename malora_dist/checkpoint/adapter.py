@@ -103,6 +103,19 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
         raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
 
 
+def write_adapter_info(directory: Path, info: AdapterInfo) -> None:
+    """Write `adapter.json`, what :func:`read_adapter_info` reads."""
+    raw = {
+        "format_version": FORMAT_VERSION,
+        "spec": info.spec.adapter_fields(),
+        "base": {"fingerprint": info.base_fingerprint, "hf_model_name_or_path": info.base_name_or_path},
+        "iteration": info.iteration,
+        "num_layers": info.num_layers,
+        "has_optimizer": info.has_optimizer,
+    }
+    (directory / ADAPTER_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
 def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) -> None:
     """Refuse a checkpoint of another base or another adapter, or a half-written one.
 
@@ -168,14 +181,9 @@ def save_adapter_checkpoint(
     with without_expected_warnings():
         dist_checkpointing.save(_sharded_state(trained, topology, is_loading=False), str(directory), strategy)
     if topology.rank == 0:
-        info = {
-            "format_version": FORMAT_VERSION,
-            "spec": config.adapter_fields(),
-            "base": {"fingerprint": base.fingerprint, "hf_model_name_or_path": base.hf_model_name_or_path},
-            "iteration": trained.iteration,
-            "num_layers": num_layers,
-        }
-        (directory / ADAPTER_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        spec = AdapterSpec(**config.adapter_fields())
+        origin = base.fingerprint, base.hf_model_name_or_path
+        write_adapter_info(directory, AdapterInfo(spec, *origin, trained.iteration, num_layers))
         save_config(config, directory / "config.yaml")
         (save / TRACKER_FILE).write_text(f"{trained.iteration}\n", encoding="utf-8")
     dist.barrier()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def write_adapter_weights(save_dir: Path, adapter: AdapterWeights) -> None:
         CheckpointError: the copies of what a group shares differ, or `save_dir` holds something else.
     """
     with without_expected_warnings():  # imports megatron
-        from malora_dist.checkpoint.adapter import ADAPTER_FILE, FORMAT_VERSION
+        from malora_dist.checkpoint.adapter import AdapterInfo, write_adapter_info
     num_layers = _num_layers(adapter)
     chunks = []
     for key, (name, projections) in stored_parameters(adapter.spec).items():
@@ -73,19 +72,13 @@ def write_adapter_weights(save_dir: Path, adapter: AdapterWeights) -> None:
         stacked = torch.stack([adapter.tensors[layer, projections[0], name] for layer in range(num_layers)]).float()
         offset, shape = (0,) * stacked.dim(), tuple(stacked.shape)
         chunks.append(TensorChunk(key, stacked.dtype, shape, offset, shape, stacked.contiguous))
-    info = {
-        "format_version": FORMAT_VERSION,
-        "spec": adapter.spec.adapter_fields(),
-        "base": {"fingerprint": adapter.base_fingerprint, "hf_model_name_or_path": adapter.base_model_name_or_path},
-        "iteration": adapter.iteration,
-        "num_layers": num_layers,
-        "has_optimizer": False,
-    }
+    origin = adapter.base_fingerprint, adapter.base_model_name_or_path
+    info = AdapterInfo(adapter.spec, *origin, adapter.iteration, num_layers, has_optimizer=False)
     name = iteration_name(adapter.iteration)
     with staged_directory(save_dir, {TRACKER_FILE, name}) as staging:
         write_torch_dist(staging / name, chunks)
         write_megatron_files(staging / name)
-        (staging / name / ADAPTER_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        write_adapter_info(staging / name, info)
         (staging / TRACKER_FILE).write_text(f"{adapter.iteration}\n", encoding="utf-8")
 
 

@@ -134,7 +134,8 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        self.traffic = TrafficCounter(self.topology)
+        if record:
+            self.traffic = TrafficCounter(self.topology)
         with self.traffic if record else contextlib.nullcontext():
             sums = self._run(microbatches, forward_only=False)
             _, grad_norm, _ = trained.optimizer.step()
