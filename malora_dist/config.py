@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import ConfigError
 
-DISPATCHERS = ("auto", "local", "all_to_all", "fastmoe")
+DISPATCHERS = ("auto", "local", "all_to_all", "gather_experts", "fastmoe")
+EXPERT_COMPUTES = ("auto", "gated_block", "grouped")
 ADAMS = ("auto", "torch", "transformer_engine", "apex")
 ATTENTIONS = ("auto", "sdpa", "transformer_engine")
 DATA_FORMATS = ("auto", "alpaca", "gsm8k", "completion", "messages")
@@ -83,7 +84,16 @@ class ParallelConfig:
     decoder_last_pipeline_num_layers: int = _key(0, "layers on the last pipeline rank; 0: as many as on the others")
     expert_model_parallel_size: int = _key(1, "EP, ranks that share the experts; divides DP and num_lora_experts")
     sequence_parallel: bool = _key(False, "shard activations over the sequence between TP regions")
-    dispatch: str = _key("auto", "`auto` (local at EP=1, else all_to_all), `local`, `all_to_all` or `fastmoe`")
+    dispatch: str = _key(
+        "auto",
+        "`local`; `all_to_all`: tokens travel to their experts; `gather_experts`: experts travel to the tokens, once a "
+        "step; `fastmoe`; `auto`: local at EP=1, else by linear whichever of the two sends fewer bytes",
+    )
+    expert_compute: str = _key(
+        "auto",
+        "`gated_block`: all experts as one LoRA with gates; `grouped`: tokens sorted by expert; `auto`: by "
+        "num_lora_experts, topk and rank",
+    )
     device: str = _key("auto", "`auto`, `cpu` (gloo) or `cuda` (nccl)")
     attention_implementation: str = _key("auto", "`auto`, `sdpa` (torch's) or `transformer_engine` (CUDA, bf16)")
     use_distributed_optimizer: bool = _key(False, "shard the optimizer's state over the data-parallel ranks (ZeRO 1)")
@@ -208,14 +218,21 @@ def _check_layout(c: Config, world_size: int) -> None:
         raise ConfigError(
             "sequence_parallel", True, "needs tensor_model_parallel_size above 1", "set sequence_parallel=false"
         )
-    if c.dispatch not in DISPATCHERS:
-        raise ConfigError("dispatch", c.dispatch, f"must be one of {', '.join(DISPATCHERS)}", "choose one of them")
+    _check_one_of(c, "dispatch", DISPATCHERS)
     if c.dispatch == "local" and ep > 1:
         raise ConfigError(
             "dispatch",
             "local",
             f"keeps tokens on their rank, but expert_model_parallel_size={ep}",
-            "use dispatch=all_to_all",
+            "use dispatch=auto",
+        )
+    _check_one_of(c, "expert_compute", EXPERT_COMPUTES)
+    if c.expert_compute == "grouped" and c.method == "molora" and tp > 1:
+        raise ConfigError(
+            "expert_compute",
+            "grouped",
+            f"cannot sum MoLoRA's inner values over tensor_model_parallel_size={tp}",
+            "use expert_compute=auto",
         )
     if c.dispatch == "fastmoe" and c.method == "molora" and tp > 1:
         raise ConfigError(

@@ -6,9 +6,11 @@ import contextlib
 import importlib
 import logging
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from malora_dist.config import Config, load_config
 from malora_dist.parallel import topology as layout
@@ -55,18 +57,18 @@ def _randomise_up_projections(trainer: Any) -> None:
 
 def _keep_dropout_masks(trainer: Any, masks: list[tuple[str, str, Tensor]]) -> None:
     """From now on note (site, style, multipliers [s * b, n]) of every call of an adapter's dropout."""
-    from malora_dist.models.adapted_linear import Adapter
+    from malora_dist.models.adapter import Adapter
 
     for chunk in trainer.trained.model:
         for module in chunk.modules():
             if isinstance(module, Adapter):
 
-                def drop(x: Tensor, module: Any = module, dropout: Any = module._dropout) -> Tensor:
+                def drop(x: Tensor, module: Any = module, dropout: Any = module.dropout) -> Tensor:
                     dropped = dropout(x)
                     masks.append((module.site, module.style, (dropped / x).detach().nan_to_num(1.0)))
                     return dropped
 
-                module._dropout = drop
+                module.dropout = drop
 
 
 def train_and_record(
@@ -190,12 +192,50 @@ def dispatch_and_combine(
         own_gates = gates[topology.rank].clone().requires_grad_()
         indices = experts[topology.rank]
         probs = torch.zeros(own_z.shape[0], num_experts)
-        tokens = dispatcher.dispatch(own_z, Routing(own_gates, indices, probs))
-        y_W = torch.einsum("wz,ezm,we->wm", tokens.rows_WZ, mine, tokens.gates_WE)
-        y = dispatcher.combine(y_W, tokens)
+        [tokens] = dispatcher.dispatch([own_z], [Routing(own_gates, indices, probs)])
+        y_W = torch.einsum("wz,wjzm,wj->wm", tokens.rows_WZ, mine[tokens.experts_WJ], tokens.gates_WJ)
+        rows, token_of_row = dispatcher.send_back(y_W, tokens)()
+        y = own_z.new_zeros(own_z.shape[0], rows.shape[1]).index_add(0, token_of_row, rows)
         y.square().sum().backward()
         return {"y": y.detach(), "z": own_z.grad, "gates": own_gates.grad, "weights": mine.grad,
                 "rows": torch.tensor(tokens.rows_WZ.shape[0])}  # fmt: skip
+    finally:
+        layout.destroy()
+
+
+def order_of_work() -> tuple[list[str], list[str]]:
+    """What one adapted linear does forward and backward: rows "start" and "arrive" around the frozen "gemm"."""
+    from malora_dist.adapters.compute import Columns, add_rows
+    from malora_dist.parallel import collectives
+
+    topology = layout.initialize(Config(device="cpu"))
+    events: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = {"mm": "gemm", "alltoall_base_": "start"}.get(func.overloadpacket.__name__)
+            if name is not None:
+                events.append(name)
+            return func(*args, **(kwargs or {}))
+
+    wait = collectives._Transfer.wait
+
+    def noted(self: Any) -> Tensor:
+        events.append("arrive")
+        return wait(self)
+
+    try:
+        x, rows, weight = (
+            torch.randn(4, 8, requires_grad=True),
+            torch.randn(4, 6, requires_grad=True),
+            torch.randn(6, 8),
+        )
+        with Watch(), mock.patch.object(collectives._Transfer, "wait", noted):
+            arrived = collectives.start_all_to_all_rows(rows, [4], [4], topology.ep_group)
+            y = add_rows(torch.mm(x, weight.t()), arrived(), torch.arange(4), Columns(1, 0, 6))
+            forward = list(events)
+            y.sum().backward()
+        return forward, events[len(forward) :]
     finally:
         layout.destroy()
 

@@ -67,7 +67,7 @@ def write_banners(overrides: list[str]) -> dict[str, Any]:
         trainer = _trainer([*overrides, f"method={method}"])
         model = trainer.trained.model
         try:
-            arguments = (trainer.config, trainer.hf, trainer.base, trainer.dispatcher.name, trainer.topology)
+            arguments = (trainer.config, trainer.hf, trainer.base, trainer.plan, trainer.topology)
             seen[method] = banner(model, *arguments)
             if method == "malora":
                 seen["trainable"] = sum(p.numel() for chunk in model for p in chunk.parameters() if p.requires_grad)

@@ -59,13 +59,15 @@ def _load(hf: LlamaConfig, base: Path, config: Config, topology: layout.Topology
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from malora_dist.checkpoint.adapter import load_base_weights
-    from malora_dist.dispatch.factory import make_dispatcher
-    from malora_dist.models.adapted_linear import AdapterSettings, is_adapter_key
-    from malora_dist.models.llama import build_llama, transformer_config
+    from malora_dist.dispatch.factory import plan_dispatch
+    from malora_dist.models.adapted_linear import is_adapter_key
+    from malora_dist.models.adapter import AdapterSettings
+    from malora_dist.models.llama import adapter_shapes, build_llama, transformer_config
     from malora_dist.models.routing_context import RoutingContext
 
-    dispatcher = make_dispatcher("local", config.num_experts, topology.ep_group, topology.device)
-    settings = AdapterSettings(config, topology, dispatcher, RoutingContext(), seed=0)
+    shapes = adapter_shapes(hf, config, topology.tp_size)
+    plan = plan_dispatch("local", config, shapes, topology.ep_group, topology.device, tokens=1, itemsize=4)
+    settings = AdapterSettings(config, topology, plan, RoutingContext(), seed=0)
     model = build_llama(hf, transformer_config(hf, topology, config), settings, SEQUENCE)
 
     def base_shards() -> dict[str, Any]:

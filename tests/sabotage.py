@@ -24,7 +24,7 @@ def apply(name: str) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _started(change: Callable[[Any, str, torch.nn.Parameter], None]) -> Iterator[None]:
     """Call ``change(adapter, kind, parameter)`` on every parameter of every adapter when it is made."""
-    from malora_dist.models.adapted_linear import Adapter
+    from malora_dist.models.adapter import Adapter
 
     start = Adapter._start
 
@@ -96,20 +96,21 @@ def lost_output_gradient() -> Iterator[None]:
 @contextlib.contextmanager
 def balance_after_gather() -> Iterator[None]:
     """The load-balancing loss of a column is taken after the gather, whole, on every TP rank."""
-    from malora_dist.models.adapted_linear import Adapter
+    from malora_dist.models.adapted_linear import LinearAdapters
 
-    route = Adapter._route
+    route = LinearAdapters._route
 
-    def late(self: Any, z_TZ: Any, logits_TN: Any) -> Any:
-        if self.style == "row" or self._tp == 1:
-            return route(self, z_TZ, logits_TN)
-        z_TZ, logits_TN = self._cross_tp_together(z_TZ, logits_TN)
-        routing = self._routing(logits_TN)
-        tasks_T = self.settings.context.token_task_BS.t().reshape(-1)
-        with patch.object(self, "_tp", 1), patch.object(self.settings.context, "local_tasks", lambda *_: tasks_T):
-            return self._attach_load_balancing(z_TZ, routing), routing
+    def late(self: Any, z_TY: Any, logits_TAN: Any) -> Any:
+        if self._style == "row" or self._tp == 1:
+            return route(self, z_TY, logits_TAN)
+        z_TY, logits_TAN = self._cross_tp_together(z_TY, logits_TAN)
+        routing = self._routing(logits_TAN)
+        context = self._settings.context
+        tasks_T = context.token_task_BS.t().reshape(-1)
+        with patch.object(self, "_tp", 1), patch.object(context, "local_tasks", lambda *_: tasks_T):
+            return self._attach_load_balancing(z_TY, routing), routing
 
-    with patch.object(Adapter, "_route", late):
+    with patch.object(LinearAdapters, "_route", late):
         yield
 
 

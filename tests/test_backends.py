@@ -29,7 +29,6 @@ from malora_dist.parallel.backends import (
     Choice,
     adam_choice,
     attention_choice,
-    dispatch_choice,
 )
 from malora_dist.parallel.versions import SUPPORTED, SUPPORTED_PYTHON, check_versions
 from tests.conftest import ROOT
@@ -196,16 +195,6 @@ def test_attention(
     assert choice.reason.startswith(reason)
 
 
-def test_dispatch() -> None:
-    assert dispatch_choice(Config(method="lora"), "local") == Choice("dispatch", "none", "method=lora has one expert")
-    assert dispatch_choice(Config(dispatch="local"), "local") == Choice("dispatch", "local", "asked for")
-    fastmoe = "fastmoe, which sends more rows, only when asked for"
-    one = dispatch_choice(Config(), "local")
-    assert one == Choice("dispatch", "local", f"auto: all experts are on every rank; {fastmoe}")
-    four = dispatch_choice(Config(expert_model_parallel_size=4), "all_to_all")
-    assert four == Choice("dispatch", "all_to_all", f"auto: the experts are on 4 ranks; {fastmoe}")
-
-
 def test_a_choice_loads_what_it_names() -> None:
     assert Choice("Adam", TORCH_ADAM, "").load() is torch.optim.AdamW
     assert Choice("attention", TORCH_ATTENTION, "").load() is torch.nn.functional.scaled_dot_product_attention
@@ -226,12 +215,13 @@ def test_banner(workers: WorkerPool, base_dir: Path, task_files: list[Path]) -> 
     assert max(len(line) for line in text.splitlines()) <= 88
     entries = parse(text)
     assert list(entries) == [
-        "base", "adapter", "trainable", "layout", "attention", "dispatch", "Adam", "torch", "memory",
+        "base", "adapter", "trainable", "layout", "dispatch", "experts", "attention", "Adam", "torch", "memory",
     ]  # fmt: skip
     reason = "auto: fused kernels need CUDA, this run is on cpu"
     assert entries["attention"] == f"{TORCH_ATTENTION} ({reason})"
     assert entries["Adam"] == f"{TORCH_ADAM} ({reason})"
-    assert entries["dispatch"].startswith("local (auto: all experts are on every rank; ")
+    assert entries["dispatch"] == "local (auto: all experts are on every rank)"
+    assert entries["experts"] == "gated_block (auto: 4 experts at hand)"
     assert entries["trainable"].startswith(f"{seen['trainable']:,} parameters (")
     counts = re.findall(r"(\w+) ([\d,]+\d)", entries["trainable"].partition("): ")[2])
     assert [kind for kind, _ in counts] == ["router", "S", "P", "B"]

@@ -29,14 +29,15 @@ CANARIES = {
 
 @pytest.mark.parametrize("sabotage", CANARIES)
 def test_canary(sabotage: str, bench: Bench) -> None:  # noqa: F811
-    results = bench.run(find(CANARIES[sabotage]), "method=malora", steps=2, sabotage=sabotage)
+    extra = ["dispatch=all_to_all"]
+    results = bench.run(find(CANARIES[sabotage]), "method=malora", extra=extra, steps=2, sabotage=sabotage)
     with pytest.raises(AssertionError):
         compare_without_input(*results)
 
 
 @pytest.mark.parametrize("layout", sorted({*CANARIES.values()}))
 def test_nothing_is_noticed_without_sabotage(layout: str, bench: Bench) -> None:  # noqa: F811
-    compare_without_input(*bench.run(find(layout), "method=malora", steps=2))
+    compare_without_input(*bench.run(find(layout), "method=malora", extra=["dispatch=all_to_all"], steps=2))
 
 
 @pytest.mark.parametrize("style", ["column", "row"])

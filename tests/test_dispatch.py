@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.dispatch.cost import AdapterShape, cheaper_dispatch, expected_ranks
 from malora_dist.dispatch.fastmoe import load_fmoe_functions
 from malora_dist.errors import BackendUnavailableError
 from tests.workers import WorkerPool
@@ -74,6 +76,36 @@ def test_one_rank(dispatch: str, workers: WorkerPool) -> None:
     )
     y = torch.einsum("tz,tkzm,tk->tm", z[0], weights[experts[0]], gates[0])
     torch.testing.assert_close(got["y"], y, rtol=1e-12, atol=1e-12)
+
+
+def test_rows_travel_behind_the_frozen_gemm_forward_and_backward(workers: WorkerPool) -> None:
+    [(forward, backward)] = workers.run("order_of_work", 1)
+    assert forward == ["start", "gemm", "arrive"]
+    assert backward == ["start", "gemm", "arrive"]
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "tokens", "chosen"),
+    [
+        (8, 512, "gather_experts"),  # 80 x (10 + 4096) numbers once, against 512 x 2 x 4096
+        (8, 16, "all_to_all"),  # a few tokens are less than the experts
+        (64, 8192, "gather_experts"),
+        (512, 8192, "all_to_all"),  # fewer bytes to gather, but copies larger than the frozen linear
+    ],
+)
+def test_the_rule_of_auto(num_experts: int, tokens: int, chosen: str) -> None:
+    """A square layer 4096 wide in bfloat16, EP 8."""
+    spec = AdapterSpec(num_lora_experts=num_experts)
+    assert cheaper_dispatch(spec, AdapterShape(4096, 4096, True), 8, tokens, itemsize=2) == chosen
+
+
+def test_expected_ranks() -> None:
+    """All of them when every expert is chosen, topk / EP of them at most, one when there is one."""
+    assert expected_ranks(8, 8, 4) == 4
+    assert expected_ranks(8, 1, 4) == pytest.approx(1)
+    assert expected_ranks(8, 2, 1) == 1
+    assert expected_ranks(8, 2, 8) == pytest.approx(2)  # two experts never share a rank
+    assert expected_ranks(4, 2, 2) == pytest.approx(2 * (1 - 1 / 6))
 
 
 def test_fastmoe_on_a_cpu_names_the_cure() -> None:

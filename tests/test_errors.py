@@ -94,7 +94,7 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (
             1,
             ["dispatch=magic"],
-            "dispatch='magic': must be one of auto, local, all_to_all, fastmoe; choose one of them",
+            "dispatch='magic': must be one of auto, local, all_to_all, gather_experts, fastmoe; choose one of them",
         ),
         (1, ["device=tpu"], "device='tpu': must be auto, cpu or cuda; choose one of them"),
         (
@@ -141,7 +141,7 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (
             2,
             ["dispatch=local", "expert_model_parallel_size=2"],
-            "dispatch='local': keeps tokens on their rank, but expert_model_parallel_size=2; use dispatch=all_to_all",
+            "dispatch='local': keeps tokens on their rank, but expert_model_parallel_size=2; use dispatch=auto",
         ),
         (2, ["global_batch_size=7"], "global_batch_size=7: must be a positive multiple of ...; a multiple of 2 works"),
     ],

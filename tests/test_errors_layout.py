@@ -64,6 +64,17 @@ def config(**fields: Any) -> Config:
             {"tensor_model_parallel_size": 2, "sequence_parallel": True, "method": "molora", "dispatch": "fastmoe"},
             "dispatch='fastmoe': cannot sum MoLoRA's inner values over tensor_model_parallel_size=2; use dispatch=all",
         ),
+        (
+            2,
+            {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "method": "molora",
+                "expert_compute": "grouped",
+            },
+            "expert_compute='grouped': cannot sum MoLoRA's inner values over tensor_model_parallel_size=2; use exper",
+        ),
+        (1, {"expert_compute": "loop"}, "expert_compute='loop': must be one of auto, gated_block, grouped; choose"),
         (1, {"packing": True, "global_batch_size": 0}, "global_batch_size=0: must be at least 1; raise it"),
     ],
 )

@@ -33,8 +33,12 @@ def test_real_fmoe_agrees_with_the_local_dispatcher() -> None:
             own = x.clone().requires_grad_()
             dispatcher = make_dispatcher(dispatch, 4, topology.ep_group, device)
             routing = maths.route(maths.router_logits(own, params["router"]), 2, True)
-            tokens = dispatcher.dispatch(maths.project(spec, params, own), routing)
-            y = dispatcher.combine(maths.expert_forward(spec, params, tokens.rows_WZ, tokens.gates_WE), tokens)
+            [tokens] = dispatcher.dispatch([maths.project(spec, params, own)], [routing])
+            gates_WE = maths.dense_gates(tokens.gates_WJ, tokens.experts_WJ, 4)
+            rows, token_of_row = dispatcher.send_back(
+                maths.expert_forward(spec, params, tokens.rows_WZ, gates_WE), tokens
+            )()
+            y = torch.zeros(33, 32, device=device).index_add(0, token_of_row, rows)
             y.square().sum().backward()
             results.append((y.detach(), own.grad))
         for local, fastmoe in zip(*results, strict=True):

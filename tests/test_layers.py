@@ -32,7 +32,7 @@ LAYERS = {
     "models": Layer("errors adapters config dispatch parallel", megatron=True),
     "data": Layer("errors config"),
     "checkpoint": Layer("errors adapters config parallel models", megatron=True),
-    "metrics": Layer("adapters config parallel models checkpoint"),
+    "metrics": Layer("adapters config parallel dispatch models checkpoint"),
     "training": Layer("errors config parallel dispatch models data checkpoint metrics", megatron=True),
     "hf": Layer("errors adapters config data"),
     "train": Layer("errors config parallel training"),

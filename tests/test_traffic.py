@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from malora_dist.config import Config, load_config
+from malora_dist.dispatch.cost import AdapterShape, all_to_all_bytes, gathered_memory
 from tests.layouts import Layout, find
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
@@ -88,7 +89,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def count(workers: WorkerPool, base: Path, words: Path, layout: Layout, *settings: str) -> list[dict[str, Any]]:
-    wanted = overrides(base, [words], "topk=4", "global_batch_size=8", *layout.settings, *settings)
+    wanted = overrides(
+        base, [words], "topk=4", "global_batch_size=8", "dispatch=all_to_all", *layout.settings, *settings
+    )
     return workers.run("count_traffic", layout.processes, overrides=wanted)
 
 
@@ -110,6 +113,35 @@ def test_adapters(name: str, method: str, workers: WorkerPool, base_dir: Path, w
             expected["tp"] += FLOAT * summed_over_tp(config, projection)
         expected = {group: number if getattr(layout, group) > 1 else 0 for group, number in expected.items()}
         assert {group: both["bytes"].get(group, 0) - one["bytes"].get(group, 0) for group in expected} == expected
+
+
+@pytest.mark.parametrize("method", ["molora", "malora"])
+@pytest.mark.parametrize("name", ["TP 2, EP 2", "EP 2"])
+def test_gathered_experts(name: str, method: str, workers: WorkerPool, base_dir: Path, words: Path) -> None:
+    """Every expert once per step, and its gradient; two microbatches cost the same as one."""
+    layout = find(name)
+    settings = [f"method={method}", *layout.settings, "dispatch=gather_experts"]
+    config = load_config(None, overrides(base_dir, [words], "topk=4", *settings))
+    expected = 0
+    for projection, (n, m) in WIDTHS.items():
+        shape = AdapterShape(n, m, projection not in ROW, layout.tp)
+        expected += 2 * gathered_memory(config, shape)  # two layers; weights and gradients
+    for batch in ("global_batch_size=4", "global_batch_size=8"):
+        for rank in count(workers, base_dir, words, layout, *settings, batch):
+            assert rank["bytes"]["ep"] == expected
+
+
+@pytest.mark.parametrize("method", ["molora", "malora"])
+@pytest.mark.parametrize("name", ["TP 2, EP 2", "EP 2", "EP 4"])
+def test_the_rule_of_auto_counts_these_bytes(name: str, method: str) -> None:
+    """dispatch/cost.py against the formulas above, which are those of a run; what stays on its rank left out."""
+    layout = find(name)
+    config = Config(method=method, num_lora_experts=4, topk=4, expert_model_parallel_size=layout.ep)
+    for projection, (n, m) in WIDTHS.items():
+        shape = AdapterShape(n, m, projection not in ROW, layout.tp)
+        counts = layout.ep * INT * (1 + layout.tp if method == "molora" and layout.tp > 1 else 1)
+        crossing = (ep_bytes(config, projection, 64, layout) - counts) * (layout.ep - 1) / layout.ep
+        assert all_to_all_bytes(config, shape, layout.ep, 64, FLOAT) == pytest.approx(crossing)
 
 
 def test_gradients_and_stages(workers: WorkerPool, base_dir: Path, words: Path) -> None:

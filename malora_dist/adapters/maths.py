@@ -47,10 +47,10 @@ def route(logits_TN: Tensor, topk: int, norm_topk_prob: bool) -> Routing:
     return Routing(gates_TK, experts_TK, probs_TN)
 
 
-def dense_gates(routing: Routing) -> Tensor:
+def dense_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:
     """The gates as a [T, N] matrix, zero for experts not chosen."""
-    zeros_TN = torch.zeros_like(routing.probs_TN, dtype=routing.gates_TK.dtype)
-    return zeros_TN.scatter(-1, routing.experts_TK, routing.gates_TK)
+    zeros_TN = gates_TK.new_zeros(*gates_TK.shape[:-1], num_experts)
+    return zeros_TN.scatter(-1, experts_TK, gates_TK)
 
 
 def project(spec: AdapterSpec, params: Mapping[str, Tensor], x_TI: Tensor) -> Tensor:
@@ -117,19 +117,19 @@ def routing_sums(routing: Routing, valid_T: Tensor | None = None) -> tuple[Tenso
 
 
 def load_balancing_loss(spec: AdapterSpec, slots_N: Tensor, prob_sums_N: Tensor) -> Tensor:
-    """aux_loss_coeff * N * sum_e f_e p_e over one microbatch. []
+    """aux_loss_coeff * N * sum_e f_e p_e over one microbatch. [], or [...] of several adapters.
 
     f_e is the share of the tokens' k slots that went to e, p_e the mean router probability. Both
     are means over all non-padding tokens of the microbatch, so the sums have to be complete: the
     product of averages is not the average of products.
 
     Args:
-        slots_N, prob_sums_N: see :func:`routing_sums`; only the latter carries a gradient.
+        slots_N, prob_sums_N: see :func:`routing_sums`, [..., N]; only the latter carries a gradient.
     """
-    slots = slots_N.sum().clamp(min=1.0)
+    slots = slots_N.sum(dim=-1, keepdim=True).clamp(min=1.0)
     fraction_N = slots_N / slots
     mean_probs_N = prob_sums_N * (spec.topk / slots)
-    return spec.aux_loss_coeff * spec.num_experts * (fraction_N * mean_probs_N).sum()
+    return spec.aux_loss_coeff * spec.num_experts * (fraction_N * mean_probs_N).sum(dim=-1)
 
 
 def adapter_forward(
@@ -149,5 +149,6 @@ def adapter_forward(
     if not spec.is_mixture:
         return expert_forward(spec, params, z_TZ, None), x_TI.new_zeros((), dtype=torch.float32)
     routing = route(router_logits(x_TI, params["router"]), spec.topk, spec.norm_topk_prob)
-    y_TM = expert_forward(spec, params, z_TZ, dense_gates(routing))
+    gates_TN = dense_gates(routing.gates_TK, routing.experts_TK, spec.num_experts)
+    y_TM = expert_forward(spec, params, z_TZ, gates_TN)
     return y_TM, load_balancing_loss(spec, *routing_sums(routing, valid_T))

@@ -3,26 +3,34 @@
 A token whose experts live on the same rank is sent there once, with the gates of that rank's
 experts beside it; the rank returns their gate-weighted sum. A row out is Z + E numbers wide
 (Z = shared_dim for MALoRA: S_A x travels, never x), a row back M. Shape suffixes as in base.py,
-and: R ranks of the expert-parallel group, Q tensor-parallel ranks (sequence shards), S rows sent.
+and: R ranks of the expert-parallel group, A adapters of one linear, Q tensor-parallel ranks
+(sequence shards), S rows sent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from malora_dist.adapters.maths import Routing, dense_gates
-from malora_dist.dispatch.base import DispatchedTokens
-from malora_dist.parallel.collectives import all_to_all_rows, exchange_counts, gather_rows, reduce_scatter_rows
+from malora_dist.dispatch.base import DispatchedTokens, Returning
+from malora_dist.parallel.collectives import (
+    exchange_counts,
+    gather_rows,
+    reduce_scatter_rows,
+    start_all_to_all_rows,
+)
 
 
 @dataclass(frozen=True)
 class _Handle:
     token_of_row_S: Tensor
     num_tokens: int
+    topk: int
     send_counts: list[int]
     receive_counts: list[int]
 
@@ -31,36 +39,48 @@ class AllToAllDispatcher:
     """Dispatch by two uneven all-to-alls over the expert-parallel group.
 
     Expert e lives on rank e // (N / R) of the group. The row counts are read on the host: one
-    synchronisation per adapter.
+    synchronisation per adapted linear.
     """
 
     name = "all_to_all"
+    moves_tokens = True
 
     def __init__(self, num_experts: int, group: ProcessGroup) -> None:
         self._group = group
         self._ranks = group.size()
         self._experts_per_rank = num_experts // self._ranks
 
-    def dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
-        num_tokens = z_TZ.shape[0]
-        wanted_TR = self._wanted(routing.experts_TK)
-        rank_of_row_S, token_of_row_S = wanted_TR.t().nonzero(as_tuple=True)  # by rank, then by token
-        send_R = wanted_TR.sum(dim=0)
-        receive_R = exchange_counts(send_R, self._group)
-        handle = _Handle(token_of_row_S, num_tokens, send_R.tolist(), receive_R.tolist())
+    def dispatch(self, z: Sequence[Tensor], routings: Sequence[Routing]) -> list[DispatchedTokens]:
+        wanted = [self._wanted(routing.experts_TK) for routing in routings]
+        send_RA = torch.stack([wanted_TR.sum(dim=0) for wanted_TR in wanted], dim=1)
+        receive_RA = exchange_counts(send_RA, self._group)
+        send, receive = send_RA.t().tolist(), receive_RA.t().tolist()
+        under_way = [self._start(*each) for each in zip(z, routings, wanted, send, receive, strict=True)]
+        return [self._arrived(*each) for each in under_way]
 
-        gates_TRE = dense_gates(routing).view(num_tokens, self._ranks, self._experts_per_rank)
+    def _start(
+        self, z_TZ: Tensor, routing: Routing, wanted_TR: Tensor, send: list[int], receive: list[int]
+    ) -> tuple[Callable[[], Tensor], _Handle]:
+        num_tokens = z_TZ.shape[0]
+        rank_of_row_S, token_of_row_S = wanted_TR.t().nonzero(as_tuple=True)  # by rank, then by token
+        gates_TN = dense_gates(routing.gates_TK, routing.experts_TK, self._ranks * self._experts_per_rank)
+        gates_TRE = gates_TN.view(num_tokens, self._ranks, self._experts_per_rank)
         # Gates travel in z's dtype beside z: they multiply a tensor of that dtype on either side.
         payload = torch.cat((z_TZ[token_of_row_S], gates_TRE[token_of_row_S, rank_of_row_S].to(z_TZ.dtype)), dim=-1)
-        received = all_to_all_rows(payload, handle.send_counts, handle.receive_counts, self._group)
-        rows_WZ, gates_WE = received.split((z_TZ.shape[-1], self._experts_per_rank), dim=-1)
-        return DispatchedTokens(rows_WZ, gates_WE, handle)
+        topk = min(routing.experts_TK.shape[1], self._experts_per_rank)
+        handle = _Handle(token_of_row_S, num_tokens, topk, send, receive)
+        return start_all_to_all_rows(payload, send, receive, self._group), handle
 
-    def combine(self, y_WM: Tensor, tokens: DispatchedTokens) -> Tensor:
+    def _arrived(self, wait: Callable[[], Tensor], handle: _Handle) -> DispatchedTokens:
+        received = wait()
+        rows_WZ, gates_WE = received.split((received.shape[1] - self._experts_per_rank, self._experts_per_rank), dim=-1)
+        gates_WJ, experts_WJ = gates_WE.topk(handle.topk, dim=-1)
+        return DispatchedTokens(rows_WZ, gates_WJ, experts_WJ, handle)
+
+    def send_back(self, y_WM: Tensor, tokens: DispatchedTokens) -> Returning:
         handle: _Handle = tokens.handle
-        returned_SM = all_to_all_rows(y_WM, handle.receive_counts, handle.send_counts, self._group)
-        y_TM = returned_SM.new_zeros(handle.num_tokens, returned_SM.shape[-1])
-        return y_TM.index_add(0, handle.token_of_row_S, returned_SM)
+        wait = start_all_to_all_rows(y_WM, handle.receive_counts, handle.send_counts, self._group)
+        return lambda: (wait(), handle.token_of_row_S)
 
     def gather(
         self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup
@@ -73,10 +93,11 @@ class AllToAllDispatcher:
         handle = _Handle(
             wanted_TR.t().nonzero(as_tuple=True)[1],
             wanted_TR.shape[0],
+            tokens.handle.topk,
             sent_RQ.sum(dim=1).tolist(),
             received_RQ.sum(dim=1).tolist(),
         )
-        return by_shard[order.to(u_WU.device)], DispatchedTokens(tokens.rows_WZ, tokens.gates_WE, handle)
+        return by_shard[order.to(u_WU.device)], replace(tokens, handle=handle)
 
     def reduce_scatter(
         self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup
@@ -91,10 +112,11 @@ class AllToAllDispatcher:
         handle = _Handle(
             own_TR.t().nonzero(as_tuple=True)[1],
             own_TR.shape[0],
+            tokens.handle.topk,
             sent_RQ[:, shard].tolist(),
             received_RQ[:, shard].tolist(),
         )
-        return u_shard, DispatchedTokens(tokens.rows_WZ, tokens.gates_WE, handle)
+        return u_shard, replace(tokens, handle=handle)
 
     def _wanted(self, experts_TK: Tensor) -> Tensor:
         """Which ranks have an expert of which token. bool [T, R]"""

@@ -1,11 +1,13 @@
 """The protocol of a token dispatcher.
 
 Shape suffixes: T tokens of this rank, Z width of what is sent, M output width, W rows that reached
-this rank, E experts of this rank, N experts in all, K topk.
+this rank, K topk, J = min(K, E) experts a row may have at hand, E experts of this rank, N experts
+in all, S rows that came back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +16,9 @@ from torch.distributed import ProcessGroup
 
 from malora_dist.adapters.maths import Routing
 
+#: Waits for what other ranks send back: (rows [S, M], the token of each row [S]).
+Returning = Callable[[], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class DispatchedTokens:
@@ -21,12 +26,14 @@ class DispatchedTokens:
 
     Attributes:
         rows_WZ: the projected tokens, z's dtype. May have no rows.
-        gates_WE: gates of this rank's experts for each row, zero where the expert was not chosen.
+        gates_WJ: gates of the row's experts at hand, zero for one that was not chosen.
+        experts_WJ: which of this rank's experts they are, int64, none twice in a row.
         handle: what the dispatcher needs to send the results back; opaque to everybody else.
     """
 
     rows_WZ: Tensor
-    gates_WE: Tensor
+    gates_WJ: Tensor
+    experts_WJ: Tensor
     handle: Any
 
 
@@ -35,21 +42,27 @@ class TokenDispatcher(Protocol):
 
     Every rank of the expert-parallel group calls both functions in the same order, also with no
     token of its own, forward and backward.
+
+    Attributes:
+        name: as the config key ``dispatch`` calls it.
+        moves_tokens: False if every token stays on its rank, which then has all experts at hand:
+            nothing has to be sent back.
     """
 
     name: str
+    moves_tokens: bool
 
-    def dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
-        """Send each token to the ranks that hold its experts."""
+    def dispatch(self, z: Sequence[Tensor], routings: Sequence[Routing]) -> list[DispatchedTokens]:
+        """Send each token to the ranks that hold its experts; for several adapters at once, z [T, Z] of each."""
         ...
 
-    def combine(self, y_WM: Tensor, tokens: DispatchedTokens) -> Tensor:
-        """Bring the experts' results back in the order of the tokens: their gate-weighted sum. [T, M]"""
+    def send_back(self, y_WM: Tensor, tokens: DispatchedTokens) -> Returning:
+        """Start bringing the experts' results to their tokens, whose sums over the rows are gate-weighted."""
         ...
 
 
 class ShardedRowsDispatcher(TokenDispatcher, Protocol):
-    """A dispatcher that can also change, between :meth:`dispatch` and :meth:`combine`, which tokens it works on.
+    """A dispatcher that can also change, between its two functions, which tokens it works on.
 
     The tensor-parallel ranks of one expert have either their own sequence shard's tokens or all of
     them. MoLoRA's x is sent in the one form and the experts' outputs are wanted in the other; in

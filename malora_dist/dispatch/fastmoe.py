@@ -10,16 +10,16 @@ this rank's experts, one per (token, expert).
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from malora_dist.adapters.maths import Routing
-from malora_dist.dispatch.base import DispatchedTokens
+from malora_dist.dispatch.base import DispatchedTokens, Returning
 from malora_dist.errors import BackendUnavailableError
 
 _CURE = "use dispatch=all_to_all, which computes the same"
@@ -70,6 +70,7 @@ class FastMoEDispatcher:
     """
 
     name = "fastmoe"
+    moves_tokens = True
 
     def __init__(
         self, num_experts: int, group: ProcessGroup, device: torch.device, functions: Any | None = None
@@ -79,7 +80,10 @@ class FastMoEDispatcher:
         self._experts_per_rank = num_experts // self._ranks
         self._fmoe = load_fmoe_functions(device, self._ranks) if functions is None else functions
 
-    def dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
+    def dispatch(self, z: Sequence[Tensor], routings: Sequence[Routing]) -> list[DispatchedTokens]:
+        return [self._dispatch(z_TZ, routing) for z_TZ, routing in zip(z, routings, strict=True)]
+
+    def _dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
         if self._ranks > 1:
             self._fmoe.ensure_comm(z_TZ, self._group)
         pos, local_count, global_count, expert_count, num_rows = self._fmoe.prepare_forward(
@@ -90,11 +94,12 @@ class FastMoEDispatcher:
         rows_WZ = self._fmoe.MOEScatter.apply(
             z_TZ.contiguous(), token_of_pos, local_count, global_count, num_rows, self._ranks
         )
-        expert_of_row_W = torch.arange(self._experts_per_rank).repeat_interleave(expert_count.cpu())
-        gates_WE = F.one_hot(expert_of_row_W, self._experts_per_rank).to(rows_WZ)
-        return DispatchedTokens(rows_WZ, gates_WE, _Handle(pos, local_count, global_count, routing.gates_TK))
+        expert_of_row_W = torch.arange(self._experts_per_rank).repeat_interleave(expert_count.cpu()).to(z_TZ.device)
+        ones_W1 = routing.gates_TK.new_ones(expert_of_row_W.shape[0], 1)
+        handle = _Handle(pos, local_count, global_count, routing.gates_TK)
+        return DispatchedTokens(rows_WZ, ones_W1, expert_of_row_W.unsqueeze(1), handle)
 
-    def combine(self, y_WM: Tensor, tokens: DispatchedTokens) -> Tensor:
+    def send_back(self, y_WM: Tensor, tokens: DispatchedTokens) -> Returning:
         handle: _Handle = tokens.handle
         num_tokens, topk = handle.gates_TK.shape
         slots = self._fmoe.MOEGather.apply(
@@ -106,4 +111,5 @@ class FastMoEDispatcher:
             self._ranks,
         )
         slots_TKM = slots.view(num_tokens, topk, -1)
-        return (slots_TKM * handle.gates_TK.to(slots.dtype).unsqueeze(-1)).sum(dim=1)
+        y_TM = (slots_TKM * handle.gates_TK.to(slots.dtype).unsqueeze(-1)).sum(dim=1)
+        return lambda: (y_TM, torch.arange(num_tokens, device=y_TM.device))

@@ -1,25 +1,39 @@
-"""All experts on this rank: nothing moves. Shape suffixes as in base.py."""
+"""All experts on this rank: no token moves. Shape suffixes as in base.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from malora_dist.adapters.maths import Routing, dense_gates
-from malora_dist.dispatch.base import DispatchedTokens
+from malora_dist.adapters.maths import Routing
+from malora_dist.dispatch.base import DispatchedTokens, Returning
 from malora_dist.parallel.collectives import gather_rows, reduce_scatter_rows
 
 
 class LocalDispatcher:
-    """Every token stays where it is; the gates select its experts."""
+    """Every token stays where it is; the gates select its experts.
 
-    name = "local"
+    Args:
+        name: ``local``, ``gather_experts`` where the experts come to the tokens (see
+            gather_experts.py), or ``none`` for methods with one expert.
+    """
 
-    def dispatch(self, z_TZ: Tensor, routing: Routing) -> DispatchedTokens:
-        return DispatchedTokens(z_TZ, dense_gates(routing), handle=None)
+    moves_tokens = False
 
-    def combine(self, y_WM: Tensor, tokens: DispatchedTokens) -> Tensor:
-        return y_WM
+    def __init__(self, name: str = "local") -> None:
+        self.name = name
+
+    def dispatch(self, z: Sequence[Tensor], routings: Sequence[Routing]) -> list[DispatchedTokens]:
+        return [
+            DispatchedTokens(z_TZ, routing.gates_TK, routing.experts_TK, handle=None)
+            for z_TZ, routing in zip(z, routings, strict=True)
+        ]
+
+    def send_back(self, y_WM: Tensor, tokens: DispatchedTokens) -> Returning:
+        return lambda: (y_WM, torch.arange(y_WM.shape[0], device=y_WM.device))
 
     def gather(
         self, u_WU: Tensor, tokens: DispatchedTokens, experts_TK: Tensor, tp_group: ProcessGroup

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from malora_dist.adapters import maths
+from malora_dist.adapters.compute import Columns, add_experts, project_and_score
 from malora_dist.adapters.init import initial_parameter
 from malora_dist.adapters.maths import Routing
 from malora_dist.errors import MaloraError
@@ -75,23 +76,43 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             return result
         for adapter_name in self.active_adapters:
             if adapter_name in self.adapter_configs:
-                result = result + self._delta(adapter_name, x, result.dtype)
+                result = self._add(adapter_name, x, result)
         return result
 
-    def _delta(self, adapter_name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
+        """Add one adapter's output to the base's, in place."""
         config = self.adapter_configs[adapter_name]
         params = {name: getattr(self, f"malora_{name}")[adapter_name] for name in config.parameter_names}
         # Autocast would also take the router to the low precision: it is off, and the experts run in the
         # dtype the base has just computed in (x's own dtype, or autocast's).
         with torch.autocast(x.device.type, enabled=False):
-            x_TI = x.reshape(-1, x.shape[-1])
-            routing = maths.route(maths.router_logits(x_TI, params["router"]), config.topk, config.norm_topk_prob)
-            dropped_x_TI = F.dropout(x_TI, config.lora_dropout, self.training).to(dtype)
-            z_TZ = maths.project(config, params, dropped_x_TI)
-            y_TM = maths.expert_forward(config, params, z_TZ, maths.dense_gates(routing))
+            z_TZ, logits_TN = self._project(config, params, x.reshape(-1, x.shape[-1]), result.dtype)
+            routing = maths.route(logits_TN, config.topk, config.norm_topk_prob)
+            result = add_experts(
+                "auto",
+                result,
+                z_TZ,
+                routing.gates_TK,
+                routing.experts_TK,
+                params["P" if config.method == "malora" else "A"],
+                params["B"],
+                config.scaling,
+                Columns(1, 0, result.shape[-1]),
+            )
         if self.routing_log is not None:
             self.routing_log.append(RoutedTokens(config, routing, params["router"].requires_grad))
-        return y_TM.view(*x.shape[:-1], -1)
+        return result
+
+    def _project(
+        self, config: MaloraConfig, params: dict[str, Tensor], x_TI: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """z of x after dropout, in `dtype`, and the router's logits of x itself; one read where both are the same."""
+        drops = self.training and config.lora_dropout > 0
+        dropped_x_TI = (F.dropout(x_TI, config.lora_dropout) if drops else x_TI).to(dtype)
+        if config.method == "malora" and dropped_x_TI is x_TI:
+            return project_and_score(x_TI, params["S"], params["router"])
+        _, logits_TN = project_and_score(x_TI, x_TI.new_empty(0, x_TI.shape[1]), params["router"])
+        return maths.project(config, params, dropped_x_TI), logits_TN
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.

@@ -9,10 +9,12 @@ import torch
 from transformers import LlamaConfig
 
 from malora_dist.adapters.budget import adapter_parameters
+from malora_dist.adapters.compute import choose_expert_compute
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.config import Config
+from malora_dist.dispatch.factory import DispatchPlan
 from malora_dist.models.llama import LlamaModel, projection_widths
-from malora_dist.parallel.backends import adam_choice, attention_choice, dispatch_choice
+from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.topology import Topology
 
 _GIB = 2**30
@@ -25,9 +27,11 @@ def _size(num_bytes: float) -> str:
 
 
 def memory_estimate(
-    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, topology: Topology
+    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, plan: DispatchPlan, topology: Topology
 ) -> dict[str, float]:
     """Bytes on this rank, by what holds them.
+
+    Gathered experts: full copies and their gradients, where experts come to the tokens.
 
     Activations: what one layer keeps for the backward pass of a frozen base with adapters (the
     inputs of norms and linears, q, k, v, the attention output, gate, up and their product; about
@@ -48,8 +52,10 @@ def memory_estimate(
     in_flight = pp + (pp - 1) / chunks if chunks > 1 else pp
     tokens = config.micro_batch_size * config.seq_length
     logits = tokens * hf.vocab_size * 8 / topology.tp_size
+    gathered = 8.0 * plan.gathered.num_parameters()
     return {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
+        **({"gathered experts": gathered} if gathered else {}),
         "gradients": 4.0 * sum(p.numel() for p in trained),
         "Adam": sum(8.0 * p.numel() / _optimizer_shards(p, config, topology) for p in trained),
         "activations": per_token * layers * tokens * in_flight + (logits if topology.is_last_stage else 0.0),
@@ -73,8 +79,19 @@ def stage_sizes(num_layers: int, pp_size: int, first: int, last: int) -> list[in
     return sizes
 
 
+def _expert_compute(config: Config, plan: DispatchPlan, topology: Topology) -> str:
+    """How the experts at hand are computed, on the linears whose tokens travel and on the others."""
+    if config.expert_compute != "auto":
+        return f"{config.expert_compute} (asked for)"
+    moves = sorted({dispatcher.moves_tokens for dispatcher in plan.dispatchers.values()})
+    at_hand = [config.num_experts // (topology.ep_size if moved else 1) for moved in moves]
+    kind = topology.device.type
+    forms = [choose_expert_compute(n, min(config.topk, n), config.expert_rank, kind) for n in at_hand]
+    return ", ".join(f"{form} (auto: {n} experts at hand)" for form, n in zip(forms, at_hand, strict=True))
+
+
 def _entries(
-    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, base: BaseInfo, dispatcher: str, topology: Topology
+    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, base: BaseInfo, plan: DispatchPlan, topology: Topology
 ) -> Iterator[tuple[str, str]]:
     """(label, text) of each entry."""
     dtype = "bfloat16" if config.bf16 else "float32"
@@ -97,15 +114,14 @@ def _entries(
         chunks = f", each in {len(model)} chunks that take turns (interleaved)" if len(model) > 1 else ""
         yield "stages", f"of {sizes} layers{chunks}"
 
-    for choice in (
-        attention_choice(config, topology.device),
-        dispatch_choice(config, dispatcher),
-        adam_choice(config, topology.device),
-    ):
+    yield "dispatch", f"{plan.describe()} ({plan.reason})"
+    if config.is_mixture:
+        yield "experts", _expert_compute(config, plan, topology)
+    for choice in (attention_choice(config, topology.device), adam_choice(config, topology.device)):
         yield choice.part, f"{choice.chosen} ({choice.reason})"
     yield "torch", torch.__version__
 
-    memory = memory_estimate(model, config, hf, topology)
+    memory = memory_estimate(model, config, hf, plan, topology)
     yield "memory", "per rank about " + ", ".join(f"{what} {_size(size)}" for what, size in memory.items())
     for text in config.adapter_warnings():
         yield "warning", text
@@ -116,7 +132,7 @@ def banner(
     config: Config,
     hf: LlamaConfig,
     base: BaseInfo,
-    dispatcher_name: str,
+    plan: DispatchPlan,
     topology: Topology,
 ) -> str:
     """The text of the banner.
@@ -132,7 +148,7 @@ def banner(
             break_long_words=False,
             break_on_hyphens=False,
         )
-        for label, text in _entries(model, config, hf, base, dispatcher_name, topology)
+        for label, text in _entries(model, config, hf, base, plan, topology)
     ]
     rule = "-" * _WIDTH
     return "\n".join((rule, *lines, rule))

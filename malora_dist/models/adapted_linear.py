@@ -1,22 +1,21 @@
-"""megatron-core's parallel linears with adapters: placement, marks and the order of collectives.
+"""megatron-core's parallel linears with adapters: the order of projections, collectives and sums.
 
 One adapter per Hugging Face projection, also inside megatron's fused qkv and fc1; with
-``fuse_projections`` one per fused linear, in which only B is the projection's own. Where each
-parameter lives and how megatron is told (``sequence_parallel``: sum the gradient over TP;
-``allreduce=False``: average it over expert-data-parallel ranks only; ``tensor_model_parallel``:
-a shard, not a replica) stands in :func:`placement`, the table of docs/architecture.md in code.
+``fuse_projections`` one per fused linear, in which only B is the projection's own. All adapters of
+a linear read its input once, cross TP and are dispatched together, and add their outputs to its
+output in place.
 
 Shape suffixes: S sequence on this rank, B batch, T = S * B tokens, I input width n on this rank,
-M output width m on this rank, Z width of z, N experts, E experts of this rank, J tasks, U all inner
+M output width m on this rank, F output width of the whole linear on this rank, A adapters of the
+linear, Z width of z, Y = A * Z, N experts, W rows that reached this rank, J tasks, U all inner
 values of the experts at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,285 +26,35 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, is_checkpointing
+from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from malora_dist.adapters import maths
-from malora_dist.adapters.init import initial_parameter
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch.base import TokenDispatcher
-from malora_dist.models.routing_context import RoutingContext
-from malora_dist.parallel.topology import Topology
+from malora_dist.adapters.compute import Columns, add_experts, add_rows, add_up, project_and_score
+from malora_dist.dispatch.base import DispatchedTokens, Returning
+from malora_dist.models.adapter import Adapter, AdapterSettings, Style
 
-Style = Literal["column", "row"]
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What all adapters of one model have in common."""
-
-    spec: AdapterSpec
-    topology: Topology
-    dispatcher: TokenDispatcher
-    context: RoutingContext
-    seed: int
+#: Adds the adapters' outputs to the base linear's, in place.
+Add = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How one parameter lies on the ranks.
-
-    Attributes:
-        tp_axis: axis sharded over tensor-parallel ranks; None: replicated there.
-        expert_axis: axis sharded over expert-parallel ranks; None: replicated there.
-        sum_over_tp: each TP rank sees other tokens (or another part of the output), so the
-            gradients of the replicas have to be summed.
-    """
-
-    tp_axis: int | None
-    expert_axis: int | None
-    sum_over_tp: bool
-
-
-def placement(spec: AdapterSpec, name: str, style: Style) -> Placement:
-    """The table of docs/architecture.md, one row per parameter."""
-    is_expert = spec.is_mixture and name in ("P", "A", "B")
-    if style == "column" and name == "B":
-        return Placement(tp_axis=1 if spec.is_mixture else 0, expert_axis=0 if is_expert else None, sum_over_tp=False)
-    if style == "row" and name in ("S", "A", "router"):  # the input is sharded
-        return Placement(tp_axis=2 if is_expert else 1, expert_axis=0 if is_expert else None, sum_over_tp=False)
-    return Placement(tp_axis=None, expert_axis=0 if is_expert else None, sum_over_tp=True)
-
-
-class Adapter(torch.nn.Module):
-    """One adapter beside one projection, or beside several that share all its parameters but B.
-
-    Args:
-        name: of the adapter, see ``AdapterSpec.adapter_groups``.
-        out_features: full output width of each projection, {projection: m}.
-        in_features: full input width.
-        layer_number: 0-based, in the whole model.
-    """
-
-    def __init__(
-        self,
-        settings: AdapterSettings,
-        layer_number: int,
-        name: str,
-        in_features: int,
-        out_features: dict[str, int],
-        style: Style,
-    ) -> None:
-        super().__init__()
-        self.settings = settings
-        self.spec = settings.spec
-        self.style = style
-        self.site = f"layers.{layer_number}.{name}"
-        self.projections = tuple(out_features)
-        self._tp_group, self._tp = settings.topology.tp_group, settings.topology.tp_size
-        self._kinds: dict[str, str] = {}  # {name of a registered parameter: its name in the spec}
-        for kind in self.spec.parameter_names:
-            for projection, width in out_features.items() if kind == "B" else [(name, 0)]:
-                key = self.spec.stored_name(kind, projection, self.projections)
-                self._kinds[key] = kind
-                self.register_parameter(key, self._start(kind, layer_number, name, in_features, width))
-
-    def _start(self, kind: str, layer_number: int, name: str, in_features: int, width: int) -> torch.nn.Parameter:
-        """This rank's shard of one parameter at its start, with megatron's marks."""
-        spec, topology = self.spec, self.settings.topology
-        local = spec.num_experts // topology.ep_size
-        experts = range(topology.ep_rank * local, (topology.ep_rank + 1) * local)
-        value = initial_parameter(spec, kind, in_features, width, self.settings.seed, layer_number, name, experts)
-        where = placement(spec, kind, self.style)
-        if where.tp_axis is not None:
-            value = value.chunk(self._tp, dim=where.tp_axis)[topology.tp_rank]
-        parameter = torch.nn.Parameter(
-            value.to(topology.device).contiguous(), requires_grad=kind not in spec.frozen_names
-        )
-        marks = {
-            "sequence_parallel": where.sum_over_tp,
-            "allreduce": where.expert_axis is None,
-            "tensor_model_parallel": where.tp_axis is not None,
-        }
-        for mark, is_set in marks.items():
-            setattr(parameter, mark, is_set)
-        return parameter
-
-    def _params(self) -> dict[str, Tensor]:
-        """The parameters by their names in the spec; the B of several projections as one, side by side."""
-        params: dict[str, Tensor] = {}
-        for key, parameter in self.named_parameters(recurse=False):
-            kind = self._kinds[key]
-            params[kind] = torch.cat((params[kind], parameter), dim=-2) if kind in params else parameter
-        return params
-
-    def forward(self, x_SBI: Tensor) -> dict[str, Tensor]:
-        """What the adapter adds to each projection: column [S * TP, B, M / TP], row [S / TP, B, M], in x's dtype."""
-        params = self._params()
-        x_TI = x_SBI.flatten(0, 1)
-        z_TZ = maths.project(self.spec, params, self._dropout(x_TI))
-        if not self.spec.is_mixture:
-            y_TM = maths.expert_forward(self.spec, params, self._cross_tp(z_TZ.float()).to(x_TI.dtype), None)
-        elif self.spec.method == "molora" and self._tp > 1:
-            y_TM = self._send_input_across(z_TZ, maths.router_logits(x_TI, params["router"]), params)
-        else:
-            z_TZ, routing = self._route(z_TZ, maths.router_logits(x_TI, params["router"]))
-            tokens = self.settings.dispatcher.dispatch(z_TZ, routing)
-            y_WM = maths.expert_forward(self.spec, params, tokens.rows_WZ, tokens.gates_WE)
-            y_TM = self.settings.dispatcher.combine(y_WM, tokens)
-        y_SBM = y_TM.view(-1, x_SBI.shape[1], y_TM.shape[-1])
-        widths = [p.shape[-2] for key, p in self.named_parameters(recurse=False) if self._kinds[key] == "B"]
-        return dict(zip(self.projections, y_SBM.split(widths, dim=-1), strict=True))
-
-    def _dropout(self, x_TI: Tensor) -> Tensor:
-        """Under TP each rank holds other tokens (column) or other features (row): own masks."""
-        if not self.training or self.spec.lora_dropout == 0.0:
-            return x_TI
-        if self._tp == 1:
-            return F.dropout(x_TI, self.spec.lora_dropout)
-        with get_cuda_rng_tracker().fork():
-            return F.dropout(x_TI, self.spec.lora_dropout)
-
-    def _cross_tp(self, local: Tensor) -> Tensor:
-        """Column: gather the sequence shards. Row: sum the partial products, keep the own shard.
-
-        The row's input must be contiguous: megatron's reduction leaves other tensors unreduced.
-        """
-        if self._tp == 1:
-            return local
-        if self.style == "column":
-            return gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=True, group=self._tp_group)
-        return reduce_scatter_to_sequence_parallel_region(local.contiguous(), group=self._tp_group)
-
-    def _route(self, z_TZ: Tensor, logits_TN: Tensor) -> tuple[Tensor, maths.Routing]:
-        """Bring z and logits across TP, as one float32 tensor d + N wide, and route.
-
-        The load-balancing loss is taken where every token is on one TP rank only: before the
-        column gather, after the row reduce-scatter.
-        """
-        if self._tp > 1 and self.style == "row":
-            z_TZ, logits_TN = self._cross_tp_together(z_TZ, logits_TN)
-        routing = self._routing(logits_TN)
-        z_TZ = self._attach_load_balancing(z_TZ, routing)
-        if self._tp > 1 and self.style == "column":
-            z_TZ, logits_TN = self._cross_tp_together(z_TZ, logits_TN)
-            routing = self._routing(logits_TN)
-        return z_TZ, routing
-
-    def _routing(self, logits_TN: Tensor) -> maths.Routing:
-        return maths.route(logits_TN, self.spec.topk, self.spec.norm_topk_prob)
-
-    def _cross_tp_together(self, z_TZ: Tensor, logits_TN: Tensor) -> tuple[Tensor, Tensor]:
-        stack = self._cross_tp(torch.cat((z_TZ.float(), logits_TN), dim=-1))
-        z, logits = stack.split((z_TZ.shape[-1], logits_TN.shape[-1]), dim=-1)
-        return z.to(z_TZ.dtype), logits
-
-    def _send_input_across(self, x_TI: Tensor, logits_TN: Tensor, params: dict[str, Tensor]) -> Tensor:
-        """MoLoRA under TP: x goes to the experts from where it is, their r-wide inner values cross TP. [T, M]
-
-        Column: a rank sends its sequence shard's x, and B's output shards need the inner values of
-        all tokens. Row: a rank sends its features of all tokens, whose partial products by its
-        shard of A_t are summed for the tokens of each sequence shard.
-        """
-        dispatcher: Any = self.settings.dispatcher  # a ShardedRowsDispatcher: the config refuses others
-        column = self.style == "column"
-        if not column:
-            logits_TN = self._cross_tp(logits_TN)
-        shard = self._routing(logits_TN)
-        x_TI = self._attach_load_balancing(x_TI, shard)
-        # Gradients of the gates arise where the rows are: for a column on the shard's own rank, for a row on
-        # every TP rank a part, which the gather's backward sums.
-        gather = partial(gather_from_sequence_parallel_region, group=self._tp_group)
-        if column:
-            experts_TK = gather(shard.experts_TK)
-            tokens = dispatcher.dispatch(x_TI, shard)
-        else:
-            everywhere = self._routing(gather(logits_TN, tensor_parallel_output_grad=True))
-            experts_TK = everywhere.experts_TK
-            tokens = dispatcher.dispatch(x_TI, everywhere)
-        u_WU = maths.expert_down(self.spec, params, tokens.rows_WZ, tokens.gates_WE)
-        cross = dispatcher.gather if column else dispatcher.reduce_scatter
-        u_WU, tokens = cross(u_WU, tokens, experts_TK, self._tp_group)
-        return dispatcher.combine(maths.expert_up(params["B"], u_WU), tokens)
-
-    def _attach_load_balancing(self, z_TZ: Tensor, routing: maths.Routing) -> Tensor:
-        """z with the gradient of this microbatch's load-balancing loss attached; records statistics.
-
-        f and p are summed over TP before their product, so that no layout changes the loss; the
-        gradient of p stays on the rank that holds the token.
-        """
-        context, spec = self.settings.context, self.spec
-        wants_loss = torch.is_grad_enabled() and spec.aux_loss_coeff > 0
-        is_recording = context.recording and not (is_checkpointing() and torch.is_grad_enabled())  # not when recomputed
-        if not (wants_loss or is_recording):
-            return z_TZ
-        num_experts = spec.num_experts
-        tasks_T = context.local_tasks(routing.probs_TN.shape[0], self.settings.topology.tp_rank, self._tp, z_TZ.device)
-        valid_T = (tasks_T > 0).float()
-        slots = (tasks_T.unsqueeze(-1) * num_experts + routing.experts_TK).flatten()
-        counts_JN = torch.zeros((context.num_tasks + 1) * num_experts, device=z_TZ.device)
-        counts_JN = counts_JN.index_add_(0, slots, torch.ones_like(slots, dtype=torch.float32)).view(-1, num_experts)
-
-        sums = torch.stack((counts_JN[1:].sum(dim=0), valid_T @ routing.probs_TN))
-        if self._tp > 1:
-            sums = reduce_from_tensor_model_parallel_region(sums, group=self._tp_group)
-        slots_N, probs_N = sums.unbind(0)
-        aux_loss = maths.load_balancing_loss(spec, slots_N.detach(), probs_N)
-        if is_recording:
-            entropy = -(torch.xlogy(routing.probs_TN, routing.probs_TN).sum(dim=-1) * valid_T).sum()
-            context.record(self.site, counts_JN, entropy.detach(), aux_loss.detach())
-        return MoEAuxLossAutoScaler.apply(z_TZ, aux_loss) if wants_loss else z_TZ
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: Sequence[tuple[int, int, int]] = (), metadata: dict | None = None
-    ) -> dict[str, ShardedTensor]:
-        """megatron ShardedTensors of the global shape [num_layers, *AdapterSpec.parameter_shape]."""
-        topology = self.settings.topology
-        prepended = len(sharded_offsets)
-        sharded = {}
-        for name, parameter in self.named_parameters(recurse=False):
-            where = placement(self.spec, self._kinds[name], self.style)
-            offsets = list(sharded_offsets)
-            if where.expert_axis is not None:
-                offsets.append((prepended + where.expert_axis, topology.ep_rank, topology.ep_size))
-            if where.tp_axis is not None:
-                offsets.append((prepended + where.tp_axis, topology.tp_rank, topology.tp_size))
-            data_replica = topology.dp_rank if where.expert_axis is None else topology.edp_group.rank()
-            sharded[prefix + name] = ShardedTensor.from_rank_offsets(
-                prefix + name,
-                parameter,
-                *offsets,
-                replica_id=(0, topology.tp_rank if where.tp_axis is None else 0, data_replica),
-                prepend_axis_num=prepended,
-            )
-        return sharded
-
-
-def fuse_outputs(parts: Sequence[Tensor], groups: int) -> Tensor:
-    """Lay the outputs of several projections into megatron's fused order.
-
-    qkv is interleaved by query group ([q heads | k | v] per group); fc1 is one group [gate | up].
-
-    Args:
-        parts: one [..., width] tensor per projection, in fused order, on this TP rank.
-        groups: query groups on this rank, or 1 for fc1.
-    """
-    return torch.cat([part.unflatten(-1, (groups, -1)) for part in parts], dim=-1).flatten(-2)
-
-
-class _Adapters(torch.nn.ModuleDict):
+class LinearAdapters(torch.nn.ModuleDict):
     """The adapters beside one of megatron's linears, by name.
 
     Args:
+        linear: megatron's name of the linear.
+        layer_number: 0-based, in the whole model.
         widths: full (in, out) widths of every projection fused into the linear, in fused order,
             those without an adapter included.
-        groups: see :func:`fuse_outputs`; full number, over all TP ranks.
+        groups: qkv is interleaved by query group ([q heads | k | v] in each), in full so many over
+            all TP ranks; other linears have 1.
     """
 
     def __init__(
         self,
         settings: AdapterSettings,
+        linear: str,
         layer_number: int,
         widths: dict[str, tuple[int, int]],
         style: Style,
@@ -325,23 +74,229 @@ class _Adapters(torch.nn.ModuleDict):
                 if group[0] in widths
             }
         )
-        self._tp = settings.topology.tp_size if style == "column" else 1
-        self._groups = max(groups // self._tp, 1)
-        self._widths = {projection: out_features // self._tp for projection, (_, out_features) in widths.items()}
+        self._settings, self._spec, self._style = settings, settings.spec, style
+        self._tp, self._tp_group = settings.topology.tp_size, settings.topology.tp_group
+        self._dispatcher: Any = settings.plan.dispatchers[linear]
+        self._gathered = settings.plan.gathered if self._dispatcher.name == "gather_experts" else None
+        if self._gathered is not None:
+            self._gathered.add(layer_number, [p for adapter in self._list for p in adapter.expert_parameters])
+        self._columns = _columns(widths, groups, self._tp if style == "column" else 1)
 
-    def forward(self, x_SBI: Tensor) -> Tensor:
-        """The adapters' outputs in the linear's fused order."""
-        deltas: dict[str, Tensor] = {}
-        for adapter in self.values():
-            deltas |= adapter(x_SBI)
-        some = next(iter(deltas.values()))
-        if len(self._widths) == 1:
-            return some
-        parts = [
-            deltas[projection] if projection in deltas else some.new_zeros(*some.shape[:-1], width)
-            for projection, width in self._widths.items()
-        ]
-        return fuse_outputs(parts, self._groups)
+    @property
+    def _list(self) -> list[Adapter]:
+        return list(self.values())  # type: ignore[arg-type]
+
+    def begin(self, x_SBI: Tensor) -> Add:
+        """Everything that comes before the sum: projection, routing, dispatch, and the start of the way back.
+
+        The base linear runs between this and the call of what it returns: rows on their way back,
+        M wide, travel behind it.
+
+        Returns:
+            the function that adds all adapters' outputs to the base output, in place:
+            column [S * TP, B, F], row [S / TP, B, F].
+        """
+        x_TI = x_SBI.flatten(0, 1)
+        if not self._spec.is_mixture:
+            return partial(self._add_lora, self._cross_tp(self._project(x_TI)[0].float()).to(x_TI.dtype))
+        if self._spec.method == "molora" and self._tp > 1:
+            return partial(self._add_returned, self._send_input_across(x_TI))
+        tokens = self._dispatcher.dispatch(*self._routed(x_TI))
+        if not self._dispatcher.moves_tokens:
+            return partial(self._add_local, tokens)
+        returning = []
+        for adapter, arrived in zip(self._list, tokens, strict=True):
+            y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], self._full_up(adapter).shape[1])
+            y_WM = self._compute(adapter, y_WM, arrived, self._full_up(adapter), Columns(1, 0, y_WM.shape[1]))
+            returning.append(self._dispatcher.send_back(y_WM, arrived))
+        return partial(self._add_returned, returning)
+
+    # ---- before the experts
+
+    def _project(self, x_TI: Tensor) -> tuple[Tensor, Tensor]:
+        """(z of all adapters side by side [T, Y], their logits [T, A, N]) of this rank's part of x."""
+        adapters, spec = self._list, self._spec
+        if not spec.is_mixture:
+            return self._project_dropped(x_TI, "A"), x_TI.new_empty(0)
+        router = torch.cat([adapter.get_parameter("router") for adapter in adapters])
+        if spec.method == "malora" and not (self.training and spec.lora_dropout > 0):
+            z_TY, logits = project_and_score(
+                x_TI, torch.cat([adapter.get_parameter("S") for adapter in adapters]), router
+            )
+        else:
+            z_TY = self._project_dropped(x_TI, "S") if spec.method == "malora" else x_TI
+            logits = project_and_score(x_TI, router.new_empty(0, x_TI.shape[1]), router)[1]
+        return z_TY, logits.view(-1, len(adapters), spec.num_experts)
+
+    def _project_dropped(self, x_TI: Tensor, kind: str) -> Tensor:
+        """Each adapter's down-projection of its own dropout of x. [T, Y]"""
+        shared = [adapter.get_parameter(kind).to(x_TI.dtype) for adapter in self._list]
+        dropped = [adapter.dropout(x_TI) for adapter in self._list]
+        if all(x is x_TI for x in dropped):
+            return F.linear(x_TI, torch.cat(shared))
+        return torch.cat([F.linear(x, down) for x, down in zip(dropped, shared, strict=True)], dim=-1)
+
+    def _routed(self, x_TI: Tensor) -> tuple[list[Tensor], list[maths.Routing]]:
+        """Each adapter's z and routing, of the tokens that its experts' outputs are wanted for on this rank."""
+        z_TY, logits_TAN = self._project(x_TI)
+        z_TY, routing = self._route(z_TY, logits_TAN)
+        routings = [maths.Routing(*(t[:, i] for t in routing)) for i in range(len(self))]
+        if self._spec.method == "molora":
+            return [adapter.dropout(z_TY) for adapter in self._list], routings
+        return list(z_TY.chunk(len(self), dim=-1)), routings
+
+    def _cross_tp(self, local: Tensor) -> Tensor:
+        """Column: gather the sequence shards. Row: sum the partial products, keep the own shard.
+
+        The row's input must be contiguous: megatron's reduction leaves other tensors unreduced.
+        """
+        if self._tp == 1:
+            return local
+        if self._style == "column":
+            return gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=True, group=self._tp_group)
+        return reduce_scatter_to_sequence_parallel_region(local.contiguous(), group=self._tp_group)
+
+    def _route(self, z_TY: Tensor, logits_TAN: Tensor) -> tuple[Tensor, maths.Routing]:
+        """Bring z and logits of all adapters across TP, as one float32 tensor A (d + N) wide, and route.
+
+        The load-balancing loss is taken where every token is on one TP rank only: before the
+        column gather, after the row reduce-scatter.
+        """
+        if self._tp > 1 and self._style == "row":
+            z_TY, logits_TAN = self._cross_tp_together(z_TY, logits_TAN)
+        routing = self._routing(logits_TAN)
+        z_TY = self._attach_load_balancing(z_TY, routing)
+        if self._tp > 1 and self._style == "column":
+            z_TY, logits_TAN = self._cross_tp_together(z_TY, logits_TAN)
+            routing = self._routing(logits_TAN)
+        return z_TY, routing
+
+    def _routing(self, logits_TAN: Tensor) -> maths.Routing:
+        return maths.route(logits_TAN, self._spec.topk, self._spec.norm_topk_prob)
+
+    def _cross_tp_together(self, z_TY: Tensor, logits_TAN: Tensor) -> tuple[Tensor, Tensor]:
+        stack = self._cross_tp(torch.cat((z_TY.float(), logits_TAN.flatten(1)), dim=-1))
+        z, logits = stack.split((z_TY.shape[-1], stack.shape[-1] - z_TY.shape[-1]), dim=-1)
+        return z.to(z_TY.dtype), logits.unflatten(-1, logits_TAN.shape[1:])
+
+    def _attach_load_balancing(self, z_TY: Tensor, routing: maths.Routing) -> Tensor:
+        """z with the gradient of this microbatch's load-balancing losses attached; records statistics.
+
+        f and p are summed over TP before their product, so that no layout changes the loss; the
+        gradient of p stays on the rank that holds the token.
+        """
+        context, spec = self._settings.context, self._spec
+        wants_loss = torch.is_grad_enabled() and spec.aux_loss_coeff > 0
+        is_recording = context.recording and not (is_checkpointing() and torch.is_grad_enabled())  # not when recomputed
+        if not (wants_loss or is_recording):
+            return z_TY
+        num_tokens, adapters, num_experts = routing.probs_TN.shape
+        tasks_T = context.local_tasks(num_tokens, self._settings.topology.tp_rank, self._tp, z_TY.device)
+        valid_T = (tasks_T > 0).float()
+        first_TA1 = (
+            torch.arange(adapters, device=z_TY.device) * (context.num_tasks + 1) + tasks_T.unsqueeze(1)
+        ).unsqueeze(-1)
+        slots = (first_TA1 * num_experts + routing.experts_TK).flatten()
+        counts_AJN = torch.zeros(adapters * (context.num_tasks + 1) * num_experts, device=z_TY.device)
+        counts_AJN.index_add_(0, slots, torch.ones_like(slots, dtype=torch.float32))
+        counts_AJN = counts_AJN.view(adapters, -1, num_experts)
+
+        sums = torch.stack((counts_AJN[:, 1:].sum(dim=1), (valid_T @ routing.probs_TN.flatten(1)).view(adapters, -1)))
+        if self._tp > 1:
+            sums = reduce_from_tensor_model_parallel_region(sums, group=self._tp_group)
+        slots_AN, probs_AN = sums.unbind(0)
+        aux_loss_A = maths.load_balancing_loss(spec, slots_AN.detach(), probs_AN)
+        if is_recording:
+            entropy_TA = -torch.xlogy(routing.probs_TN, routing.probs_TN).sum(dim=-1)
+            entropy_A = (valid_T @ entropy_TA).detach()
+            for i, adapter in enumerate(self._list):
+                context.record(adapter.site, counts_AJN[i], entropy_A[i], aux_loss_A[i].detach())
+        return MoEAuxLossAutoScaler.apply(z_TY, aux_loss_A.sum()) if wants_loss else z_TY
+
+    # ---- the experts
+
+    def _weight(self, parameter: torch.nn.Parameter) -> Tensor:
+        """An expert parameter with all experts at hand: the shard, or the step's gathered copy."""
+        return parameter if self._gathered is None else self._gathered.full(parameter)
+
+    def _down(self, adapter: Adapter) -> Tensor:
+        return self._weight(adapter.get_parameter("P" if self._spec.method == "malora" else "A"))
+
+    def _full_up(self, adapter: Adapter) -> Tensor:
+        """B of all projections of the adapter, side by side. [E, M, R]"""
+        return torch.cat([self._weight(adapter.up(projection)) for projection in adapter.projections], dim=1)
+
+    def _compute(
+        self, adapter: Adapter, y: Tensor, tokens: DispatchedTokens, up_EMR: Tensor, columns: Columns
+    ) -> Tensor:
+        return add_experts(
+            self._settings.expert_compute,
+            y,
+            tokens.rows_WZ,
+            tokens.gates_WJ,
+            tokens.experts_WJ,
+            self._down(adapter),
+            up_EMR,
+            self._spec.scaling,
+            columns,
+        )
+
+    def _send_input_across(self, x_TI: Tensor) -> list[Returning]:
+        """MoLoRA under TP: x goes to the experts from where it is, their r-wide inner values cross TP.
+
+        Column: a rank sends its sequence shard's x, and B's output shards need the inner values of
+        all tokens. Row: a rank sends its features of all tokens, whose partial products by its
+        shard of A_t are summed for the tokens of each sequence shard.
+        """
+        column, spec, dispatcher = self._style == "column", self._spec, self._dispatcher
+        _, logits_TAN = self._project(x_TI)
+        if not column:
+            logits_TAN = self._cross_tp(logits_TAN.flatten(1)).unflatten(-1, logits_TAN.shape[1:])
+        sent = self._routing(logits_TAN)
+        x_TI = self._attach_load_balancing(x_TI, sent)
+        # Gradients of the gates arise where the rows are: for a column on the shard's own rank, for a row on
+        # every TP rank a part, which the gather's backward sums.
+        gather = partial(gather_from_sequence_parallel_region, group=self._tp_group)
+        if column:
+            experts_TAK = gather(sent.experts_TK)
+        else:
+            sent = self._routing(gather(logits_TAN, tensor_parallel_output_grad=True))
+            experts_TAK = sent.experts_TK
+        routings = [maths.Routing(*(t[:, i] for t in sent)) for i in range(len(self))]
+        arrived = dispatcher.dispatch([adapter.dropout(x_TI) for adapter in self._list], routings)
+        returning = []
+        for i, (adapter, tokens) in enumerate(zip(self._list, arrived, strict=True)):
+            params = {"A": self._down(adapter)}
+            gates_WE = maths.dense_gates(tokens.gates_WJ, tokens.experts_WJ, params["A"].shape[0])
+            u_WU = maths.expert_down(spec, params, tokens.rows_WZ, gates_WE)
+            cross = dispatcher.gather if column else dispatcher.reduce_scatter
+            u_WU, tokens = cross(u_WU, tokens, experts_TAK[:, i], self._tp_group)
+            returning.append(dispatcher.send_back(maths.expert_up(self._full_up(adapter), u_WU), tokens))
+        return returning
+
+    # ---- the sum with the base output
+
+    def _add_lora(self, z_TY: Tensor, y: Tensor) -> Tensor:
+        for adapter, z_TZ in zip(self._list, z_TY.chunk(len(self), dim=-1), strict=True):
+            for projection in adapter.projections:
+                y = add_up(y, z_TZ, adapter.up(projection), self._spec.scaling, self._columns[projection])
+        return y
+
+    def _add_local(self, tokens: Sequence[DispatchedTokens], y: Tensor) -> Tensor:
+        for adapter, own in zip(self._list, tokens, strict=True):
+            for projection in adapter.projections:
+                up_EMR = self._weight(adapter.up(projection))
+                y = self._compute(adapter, y, own, up_EMR, self._columns[projection])
+        return y
+
+    def _add_returned(self, returning: Sequence[Returning], y: Tensor) -> Tensor:
+        for adapter, wait in zip(self._list, returning, strict=True):
+            rows_SM, token_S = wait()
+            columns = [self._columns[projection] for projection in adapter.projections]
+            parts = rows_SM.split([c.groups * c.width for c in columns], dim=-1)
+            for part, own in zip(parts, columns, strict=True):
+                y = add_rows(y, part, token_S, own)
+        return y
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Sequence[tuple[int, int, int]] = (), metadata: dict | None = None
@@ -351,6 +306,22 @@ class _Adapters(torch.nn.ModuleDict):
             assert isinstance(adapter, Adapter)
             sharded.update(adapter.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
         return sharded
+
+
+def _columns(widths: dict[str, tuple[int, int]], groups: int, tp: int) -> dict[str, Columns]:
+    """Where the outputs of a linear's projections lie in its fused output on one TP rank.
+
+    Args:
+        widths, groups: see :class:`LinearAdapters`.
+        tp: ranks the output is sharded over.
+    """
+    groups = max(groups // tp, 1)
+    columns, start = {}, 0
+    for projection, (_, out_features) in widths.items():
+        width = out_features // tp // groups
+        columns[projection] = Columns(groups, start, width)
+        start += width
+    return columns
 
 
 ADAPTERS = "adapters"
@@ -376,17 +347,19 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
         output_size: int,
         *,
         settings: AdapterSettings,
+        linear: str,
         layer_number: int,
         widths: dict[str, tuple[int, int]],
         groups: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self.adapters = _Adapters(settings, layer_number, widths, "column", groups)
+        self.adapters = LinearAdapters(settings, linear, layer_number, widths, "column", groups)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        add = self.adapters.begin(input_)
         output, bias = super().forward(input_, *args, **kwargs)
-        return output + self.adapters(input_), bias
+        return add(output), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict:
         base = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -402,16 +375,21 @@ class AdaptedRowParallelLinear(RowParallelLinear):
         output_size: int,
         *,
         settings: AdapterSettings,
+        linear: str,
         layer_number: int,
         widths: dict[str, tuple[int, int]],
         **kwargs: Any,
     ) -> None:
         super().__init__(input_size, output_size, **kwargs)
-        self.adapters = _Adapters(settings, layer_number, widths, "row", 1)
+        self.adapters = LinearAdapters(settings, linear, layer_number, widths, "row", 1)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        output, bias = super().forward(input_)
-        return output + self.adapters(input_), bias
+        """As RowParallelLinear.forward, which without TP returns a view that nothing may be added to in place."""
+        add = self.adapters.begin(input_)
+        output = F.linear(input_, self.weight)
+        if self.sequence_parallel:
+            output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        return add(output), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict:
         base = super().sharded_state_dict(prefix, sharded_offsets, metadata)

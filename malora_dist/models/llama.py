@@ -26,15 +26,12 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from transformers import LlamaConfig
 
-from malora_dist.adapters.spec import MEGATRON_LINEARS
+from malora_dist.adapters.spec import MEGATRON_LINEARS, AdapterSpec
 from malora_dist.config import Config
+from malora_dist.dispatch.cost import AdapterShape
 from malora_dist.errors import ConfigError
-from malora_dist.models.adapted_linear import (
-    AdaptedColumnParallelLinear,
-    AdaptedRowParallelLinear,
-    AdapterSettings,
-    is_adapter_key,
-)
+from malora_dist.models.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, is_adapter_key
+from malora_dist.models.adapter import AdapterSettings
 from malora_dist.models.attention import SdpaAttention
 from malora_dist.models.hf_config import rope_inv_freq
 from malora_dist.models.routing_context import RoutingContext
@@ -188,14 +185,31 @@ def projection_widths(hf: LlamaConfig) -> dict[str, tuple[int, int]]:
     }  # fmt: skip
 
 
+_COLUMN = ("linear_qkv", "linear_fc1")
+
+
+def adapter_shapes(hf: LlamaConfig, spec: AdapterSpec, tp_size: int) -> dict[str, list[AdapterShape]]:
+    """The adapters of one layer by megatron's name of their linear, what the choice of a dispatcher asks for."""
+    widths = projection_widths(hf)
+    shapes: dict[str, list[AdapterShape]] = {}
+    for linear, fused in MEGATRON_LINEARS.items():
+        for _, group in spec.adapter_groups:
+            if group[0] in fused:
+                out_features = sum(widths[projection][1] for projection in group)
+                shape = AdapterShape(widths[group[0]][0], out_features, linear in _COLUMN, tp_size)
+                shapes.setdefault(linear, []).append(shape)
+    return shapes
+
+
 def _linear(name: str, hf: LlamaConfig, settings: AdapterSettings, layer_number: int) -> type | ModuleSpec:
     """The class or spec of one of megatron's four linears of a layer."""
-    column = name in ("linear_qkv", "linear_fc1")
+    column = name in _COLUMN
     if not set(MEGATRON_LINEARS[name]) & set(settings.spec.projections):
         return ColumnParallelLinear if column else RowParallelLinear
     widths = projection_widths(hf)
     params: dict[str, Any] = {
         "settings": settings,
+        "linear": name,
         "layer_number": layer_number,
         "widths": {projection: widths[projection] for projection in MEGATRON_LINEARS[name]},
     }

@@ -107,19 +107,6 @@ def attention_choice(config: Config, device: torch.device) -> Choice:
     return _choose("attention", "attention_implementation", asked, _ATTENTIONS, TORCH_ATTENTION, against)
 
 
-def dispatch_choice(config: Config, dispatcher_name: str) -> Choice:
-    """Why ``dispatcher_name`` is the dispatcher in use."""
-    if not config.is_mixture:
-        return Choice("dispatch", "none", f"method={config.method} has one expert")
-    if config.dispatch != "auto":
-        return Choice("dispatch", dispatcher_name, "asked for")
-    ep = config.expert_model_parallel_size
-    where = "all experts are on every rank" if ep == 1 else f"the experts are on {ep} ranks"
-    # Not by what is importable: fmoe computes the same, sends a token once per expert where all_to_all sends it once
-    # per rank, and moves row counts to the host in every call.
-    return Choice("dispatch", dispatcher_name, f"auto: {where}; fastmoe, which sends more rows, only when asked for")
-
-
 def _against(device: torch.device) -> str | None:
     """What speaks against every fused implementation on ``device``."""
     return None if device.type == "cuda" else f"fused kernels need CUDA, this run is on {device.type}"

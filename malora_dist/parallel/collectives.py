@@ -5,7 +5,7 @@ Shape suffixes: W rows sent or kept by this rank, V rows received, G rows of all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,68 @@ def all_to_all_rows(rows_WC: Tensor, send: Sequence[int], receive: Sequence[int]
     return _AllToAllRows.apply(rows_WC, tuple(send), tuple(receive), group)
 
 
+class _Transfer:
+    """An all-to-all under way, forward or backward, with the buffers it uses until it has ended."""
+
+    def __init__(self, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> None:
+        self._send, self._receive, self._group = list(send), list(receive), group
+        self._work: Any = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, is_backward: bool = False) -> Tensor:
+        send, receive = (self._receive, self._send) if is_backward else (self._send, self._receive)
+        received, rows = rows.new_empty(sum(receive), *rows.shape[1:]), rows.contiguous()
+        self._work = dist.all_to_all_single(received, rows, receive, send, group=self._group, async_op=True)
+        self._buffers = rows, received
+        return received
+
+    def wait(self) -> Tensor:
+        assert self._buffers is not None, "started first"
+        self._work.wait()
+        received = self._buffers[1]
+        self._work = self._buffers = None
+        return received
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.start(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.wait(), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.wait()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.transfer.start(grad, is_backward=True)
+        return grad, None  # autograd wants a gradient of this shape here; _Start takes the transfer's instead
+
+
+def start_all_to_all_rows(
+    rows_WC: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
+) -> Callable[[], Tensor]:
+    """:func:`all_to_all_rows` in two parts: this starts it, what it returns waits for it.
+
+    What is computed in between runs while the rows travel. Backward likewise: the gradient starts
+    to travel where the forward waited and is waited for where the forward started; autograd runs
+    in between the backward of what was computed in between.
+    """
+    transfer = _Transfer(send, receive, group)
+    received_VC = _Start.apply(rows_WC, transfer)
+    return lambda: _Wait.apply(received_VC, transfer)
+
+
 def exchange_counts(send_R: Tensor, group: ProcessGroup) -> Tensor:
-    """How many rows each rank of the group will send here, given what this rank sends. int64 [R]"""
+    """How many rows each rank of the group will send here, given what this rank sends. int64 [R], or [R, any]"""
     receive_R = torch.empty_like(send_R)
     dist.all_to_all_single(receive_R, send_R, group=group)
     return receive_R

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -25,17 +26,17 @@ from malora_dist.checkpoint.adapter import (
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
-from malora_dist.dispatch.factory import make_dispatcher
+from malora_dist.dispatch.factory import plan_dispatch
 from malora_dist.errors import CheckpointError
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.clock import Clock
 from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
-from malora_dist.models.adapted_linear import AdapterSettings
+from malora_dist.models.adapter import AdapterSettings
 from malora_dist.models.attention import attention_class
 from malora_dist.models.hf_config import read_llama_config
-from malora_dist.models.llama import build_llama, transformer_config
+from malora_dist.models.llama import adapter_shapes, build_llama, transformer_config
 from malora_dist.models.routing_context import RoutingContext
 from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.topology import Topology
@@ -65,8 +66,16 @@ class Trainer:
         )
 
         self.context = RoutingContext(num_tasks=len(config.data))
-        self.dispatcher = make_dispatcher(config.dispatch, config.num_experts, topology.ep_group, topology.device)
-        settings = AdapterSettings(config, topology, self.dispatcher, self.context, config.seed)
+        self.plan = plan_dispatch(
+            config.dispatch,
+            config,
+            adapter_shapes(self.hf, config, topology.tp_size),
+            topology.ep_group,
+            topology.device,
+            tokens=config.global_batch_size // topology.dp_size * config.seq_length,
+            itemsize=2 if config.bf16 else 4,
+        )
+        settings = AdapterSettings(config, topology, self.plan, self.context, config.seed, config.expert_compute)
         self.model_config = transformer_config(self.hf, topology, config)
         attention = attention_class(attention_choice(config, topology.device).chosen)
         model = build_llama(self.hf, self.model_config, settings, config.seq_length, attention)
@@ -75,7 +84,7 @@ class Trainer:
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
         )
         self.ddp = [DistributedDataParallel(self.model_config, ddp_config, chunk) for chunk in model]
-        self.model_config.finalize_model_grads_func = finalize_model_grads
+        self.model_config.finalize_model_grads_func = self._finalize_gradients
         no_sync = [chunk.no_sync for chunk in self.ddp]
         self.model_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
         optimizer = make_optimizer(config, self.ddp, adam_choice(config, topology.device))
@@ -89,7 +98,7 @@ class Trainer:
         """Train to train_iters (or exit_interval), evaluating, logging and saving on the way."""
         config, trained = self.config, self.trained
         last = min(config.train_iters, config.exit_interval or config.train_iters)
-        self.logger.message(banner(trained.model, config, self.hf, self.base, self.dispatcher.name, self.topology))
+        self.logger.message(banner(trained.model, config, self.hf, self.base, self.plan, self.topology))
         self.logger.message(self.batches.describe())
         if config.load:
             at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
@@ -121,6 +130,7 @@ class Trainer:
             record: keep the step's routing (``self.context``) and traffic (``self.traffic``).
         """
         trained = self.trained
+        self.plan.gathered.start()
         microbatches = self.batches.train(trained.consumed_samples)
         counts = self.batches.global_token_counts(microbatches)
         self._seed_step(trained.iteration)
@@ -152,6 +162,7 @@ class Trainer:
         """Mean answer loss of each task's validation split; logged. Tasks without one are left out."""
         for chunk in self.ddp:
             chunk.eval()
+        self.plan.gathered.start()
         sums: list[Tensor] = []
         for microbatches in self.batches.validation():
             sums.extend(self._run(microbatches, forward_only=True))
@@ -185,6 +196,11 @@ class Trainer:
             micro_batch_size=microbatches[0].tokens_BS.shape[0],
             forward_only=forward_only,
         )
+
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """What megatron's schedule calls after the last backward of a step."""
+        self.plan.gathered.reduce_gradients()
+        finalize_model_grads(*args, **kwargs)
 
     def _seed_step(self, iteration: int) -> None:
         """Dropout is a function of (seed, step, data-parallel rank), so a resumed run draws the same masks."""
