@@ -224,7 +224,8 @@ class LinearAdapters(torch.nn.ModuleDict):
 
     def _full_up(self, adapter: Adapter) -> Tensor:
         """B of all projections of the adapter, side by side. [E, M, R]"""
-        return torch.cat([self._weight(adapter.up(projection)) for projection in adapter.projections], dim=1)
+        ups = [self._weight(adapter.up(projection)) for projection in adapter.projections]
+        return ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
 
     def _compute(
         self, adapter: Adapter, y: Tensor, tokens: DispatchedTokens, up_EMR: Tensor, columns: Columns

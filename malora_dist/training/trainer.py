@@ -130,7 +130,11 @@ class Trainer:
             record: keep the step's routing (``self.context``) and traffic (``self.traffic``).
         """
         trained = self.trained
-        self.plan.gathered.start()
+        if record:
+            self.traffic = TrafficCounter(self.topology)
+        counting = self.traffic if record else contextlib.nullcontext()
+        with counting:
+            self.plan.gathered.start()
         microbatches = self.batches.train(trained.consumed_samples)
         counts = self.batches.global_token_counts(microbatches)
         self._seed_step(trained.iteration)
@@ -144,9 +148,7 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         trained.optimizer.zero_grad()
-        if record:
-            self.traffic = TrafficCounter(self.topology)
-        with self.traffic if record else contextlib.nullcontext():
+        with counting:
             sums = self._run(microbatches, forward_only=False)
             _, grad_norm, _ = trained.optimizer.step()
         if grad_norm is None:  # clip_grad=0: megatron does not compute it
