@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -64,14 +65,17 @@ class LlamaLayer(TransformerLayer):
 
 
 class LlamaModel(GPTModel):
-    """megatron's GPTModel with Llama's RoPE frequencies and a frozen base.
+    """megatron's GPTModel with Llama's RoPE frequencies, its true vocabulary and a frozen base.
 
     Args:
         inv_freq: rotary frequencies [head_dim / 2], float32.
+        true_vocab_size: without the padding that TP needs.
+        tp_rank: which share of the vocabulary this rank has.
     """
 
-    def __init__(self, *args: Any, inv_freq: Tensor, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, inv_freq: Tensor, true_vocab_size: int, tp_rank: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._true_vocab_size, self._tp_rank = true_vocab_size, tp_rank
         rotary = self.rotary_pos_emb
         assert rotary.inv_freq.shape == inv_freq.shape, "head_dim disagrees with the rotary frequencies"
         rotary.inv_freq = inv_freq.to(rotary.inv_freq.device)
@@ -81,6 +85,23 @@ class LlamaModel(GPTModel):
 
     def setup_embeddings_and_output_layer(self) -> None:
         """Tied copies on two stages need no synchronisation: both are frozen and loaded from the checkpoint."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy of each token in float32, over the true vocabulary. [b, s]
+
+        Args:
+            labels: [b, s].
+            logits: [s, b, v], this TP rank's share of the padded vocabulary; columns beyond the true
+                one get no probability.
+        """
+        logits = logits.float()
+        first = self._tp_rank * logits.shape[-1]
+        real = max(self._true_vocab_size - first, 0)
+        if real < logits.shape[-1]:
+            padding = torch.arange(logits.shape[-1], device=logits.device) >= real
+            logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
+        losses_SB: Tensor = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
+        return losses_SB.t().contiguous()
 
 
 def _require_grad(embedded: Tensor) -> Tensor:
@@ -298,6 +319,8 @@ def _build_chunk(
         position_embedding_type="rope",
         vp_stage=vp_stage,
         inv_freq=rope_inv_freq(hf),
+        true_vocab_size=hf.vocab_size,
+        tp_rank=topology.tp_rank,
     ).to(topology.device)
     for name, parameter in model.named_parameters():
         if not is_adapter_key(name):

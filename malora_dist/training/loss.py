@@ -1,6 +1,6 @@
 """The language-model loss on answer tokens, summed; megatron divides it by their global number.
 
-Shape suffixes: B batch, S sequence, V vocabulary on this TP rank, J tasks.
+Shape suffixes: B batch, S sequence, J tasks.
 """
 
 from __future__ import annotations
@@ -9,28 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from malora_dist.data.batches import Microbatch
-from malora_dist.parallel.topology import Topology
-
-
-def token_losses(logits_BSV: Tensor, labels_BS: Tensor, vocab_size: int, topology: Topology) -> Tensor:
-    """Cross-entropy of each token in float32, over the true vocabulary. [B, S]
-
-    Args:
-        logits_BSV: logits of this TP rank's share of the padded vocabulary.
-        vocab_size: true size; columns beyond it are padding and get no probability.
-    """
-    logits_BSV = logits_BSV.float()
-    first = topology.tp_rank * logits_BSV.shape[-1]
-    real = max(vocab_size - first, 0)
-    if real < logits_BSV.shape[-1]:
-        padding = torch.arange(logits_BSV.shape[-1], device=logits_BSV.device) >= real
-        logits_BSV = logits_BSV.masked_fill(padding, torch.finfo(torch.float32).min)
-    return vocab_parallel_cross_entropy(logits_BSV, labels_BS)
 
 
 def _sum_over_answers(microbatch: Microbatch, num_tasks: int, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,12 +27,12 @@ def _sum_over_answers(microbatch: Microbatch, num_tasks: int, losses_BS: Tensor)
     return (losses_BS * mask_BS).sum(), mask_BS.sum().int(), per_task[1:]
 
 
-def forward_step(
-    data_iterator: Any, model: torch.nn.Module, *, vocab_size: int, num_tasks: int, topology: Topology
-) -> Any:
-    """megatron's forward_step_func: one microbatch through this stage, and the loss function."""
+def forward_step(data_iterator: Any, model: torch.nn.Module, *, num_tasks: int) -> Any:
+    """megatron's forward_step_func: one microbatch through this stage, and the loss function.
+
+    The last stage is given the labels and answers each token's loss: logits in megatron's own order, [s, b, v], are
+    never laid out anew, nor are their gradients.
+    """
     microbatch: Microbatch = next(data_iterator)
-    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, microbatch.marks)
-    if get_attr_wrapped_model(model, "post_process"):  # of several model chunks on a rank, the one with the logits
-        output = token_losses(output, microbatch.labels_BS, vocab_size, topology)
+    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, microbatch.marks, labels=microbatch.labels_BS)
     return output, partial(_sum_over_answers, microbatch, num_tasks)

@@ -185,11 +185,8 @@ class Trainer:
 
     def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
         """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
-        step = partial(
-            forward_step, vocab_size=self.hf.vocab_size, num_tasks=len(self.batches.task_names), topology=self.topology
-        )
         return get_forward_backward_func()(
-            forward_step_func=step,
+            forward_step_func=partial(forward_step, num_tasks=len(self.batches.task_names)),
             data_iterator=[iter(microbatches) for _ in self.ddp],  # each chunk runs all of them
             model=self.ddp,
             num_microbatches=len(microbatches),
