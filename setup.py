@@ -38,5 +38,5 @@ setup(
         "packaging",
         "psutil",  # megatron-core saves checkpoints with it without asking for it
     ],
-    extras_require={"dev": ["pytest", "ruff", "mypy"]},
+    extras_require={"dev": ["pytest", "ruff", "mypy"], "benchmarks": ["matplotlib"]},
 )

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: What moving one slot's rows costs, in inner values: see :func:`choose_expert_compute`.
-SLOT_COST_CPU = 40
-SLOT_COST_CUDA = 80
+SLOT_COST_CPU = 140
+SLOT_COST_CUDA = 350
 
 
 class Columns(NamedTuple):
@@ -49,8 +49,8 @@ def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: 
 
         E * R <= K * (R + C)
 
-    C is measured by tools/benchmarks/step_time.py --forms on a CPU, and a guess from its FLOP
-    rate and bandwidth on a GPU.
+    C is the middle of what tools/benchmarks/step_time.py --forms found on a CPU (69 to 189), and a
+    guess from the FLOP rate and the bandwidth of an H100 on a GPU.
 
     Args:
         num_experts: E, experts at hand.

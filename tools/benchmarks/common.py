@@ -87,4 +87,6 @@ def write_results(script: str, figures: Mapping[str, Any], *packages: str, outpu
 
 def headline(**figures: float | str) -> None:
     """The last line of a benchmark: ``key=value`` pairs. Keys with a slash are passed as ``**{"a/b": x}``."""
-    print(" ".join(f"{key}={value if isinstance(value, str) else format(value, '.2f')}" for key, value in figures.items()))
+    print(
+        " ".join(f"{key}={value if isinstance(value, str) else format(value, '.2f')}" for key, value in figures.items())
+    )
