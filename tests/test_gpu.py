@@ -45,3 +45,32 @@ def test_real_fmoe_agrees_with_the_local_dispatcher() -> None:
             torch.testing.assert_close(fastmoe, local, rtol=1e-3, atol=1e-3)  # TF32 may be on
     finally:
         layout.destroy()
+
+
+@pytest.mark.parametrize("form", ["gated_block", "grouped"])
+def test_experts_at_hand_never_wait_for_the_gpu(form: str) -> None:
+    """Forward and backward in bfloat16; torch raises at the first operation that would synchronise."""
+    from malora_dist.adapters.compute import Columns, add_experts, project_and_score
+
+    device = torch.device("cuda", 0)
+    spec = AdapterSpec(num_lora_experts=8, lora_rank=8, shared_dim=16)
+    params = {
+        name: initial_parameter(spec, name, 64, 32, 0, 0, "q_proj").to(device).requires_grad_()
+        for name in spec.parameter_names
+    }
+    x = torch.randn(33, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def step() -> None:
+        z, logits = project_and_score(x, params["S"], params["router"])
+        routing = maths.route(logits, 2, True)
+        y = torch.zeros(33, 32, device=device, dtype=torch.bfloat16)
+        gates, experts = routing.gates_TK, routing.experts_TK
+        y = add_experts(form, y, z, gates, experts, params["P"], params["B"], 1.0, Columns(1, 0, 32))
+        y.square().sum().backward()
+
+    step()  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

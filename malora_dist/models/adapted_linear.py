@@ -106,8 +106,9 @@ class LinearAdapters(torch.nn.ModuleDict):
             return partial(self._add_local, tokens)
         returning = []
         for adapter, arrived in zip(self._list, tokens, strict=True):
-            y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], self._full_up(adapter).shape[1])
-            y_WM = self._compute(adapter, y_WM, arrived, self._full_up(adapter), Columns(1, 0, y_WM.shape[1]))
+            up_EMR = self._full_up(adapter)
+            y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], up_EMR.shape[1])
+            y_WM = self._compute(adapter, y_WM, arrived, up_EMR, Columns(1, 0, y_WM.shape[1]))
             returning.append(self._dispatcher.send_back(y_WM, arrived))
         return partial(self._add_returned, returning)
 
