@@ -294,8 +294,9 @@ def test_two_hosts(
 ) -> None:
     """EP=2 across the link gives the very losses of two processes on one host."""
     settings = overrides(
-        base_dir, task_files, "expert_model_parallel_size=2", "train_iters=3", "log_interval=1", "eval_iters=0"
-    )
+        base_dir, task_files, "expert_model_parallel_size=2", "dispatch=all_to_all", "train_iters=3",
+        "log_interval=1", "eval_iters=0",
+    )  # fmt: skip
     config = tmp_path / "run.yaml"
     config.write_text("lora_rank: 64\n")  # and lora_rank=4 among the settings
     before = [host.received_bytes() for host in hosts]
