@@ -123,10 +123,12 @@ def test_no_sample_is_lost_or_doubled_on_any_number_of_ranks(seed: int) -> None:
                 assert torch.equal(a[:b, :s], expected_BS)
                 assert multiple > 1 or a.shape == (b, s)
             assert mine.token_task_BS.sum() == reference.token_task_BS.sum()
+            assert len(mine.answers_L) == mine.loss_mask_BS.sum()
+            assert (mine.loss_mask_BS.t().flatten()[mine.answers_L] == 1).all()
 
 
 def fields(batch: Microbatch) -> list[Tensor]:
-    return [tensor for tensor in vars(batch).values() if tensor is not None]
+    return [tensor for name, tensor in vars(batch).items() if name.endswith("_BS") and tensor is not None]
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -3,7 +3,7 @@
 Without packing a row holds one sample. With packing it holds as many as fit into its positions;
 each is a document of its own, which sees nothing of the others.
 
-Shape suffixes: B rows of a microbatch, S positions.
+Shape suffixes: B rows of a microbatch, S positions, L positions with a loss.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Microbatch:
         position_ids_BS: int64, from 0 in each document; padding counts on.
         token_task_BS: int64, 0 on padding, task index + 1 on real tokens.
         document_BS: int64, 0 on padding, from 1 the number of the document in its row; None: no row has two.
+        answers_L: int64, the positions with a loss, counted along [S, B] (position * B + row), ascending.
     """
 
     tokens_BS: Tensor
@@ -45,7 +46,8 @@ class Microbatch:
     loss_mask_BS: Tensor
     position_ids_BS: Tensor
     token_task_BS: Tensor
-    document_BS: Tensor | None = None
+    document_BS: Tensor | None
+    answers_L: Tensor
 
     @property
     def marks(self) -> Tensor:
@@ -87,8 +89,19 @@ def collate(rows: Sequence[Sequence[Sample]], pad_token_id: int, multiple_of: in
             start = here.stop
     is_packed = any(len(row) > 1 for row in rows)
     return Microbatch(
-        tokens_BS, labels_BS, loss_mask_BS, position_ids_BS, token_task_BS, document_BS if is_packed else None
+        tokens_BS,
+        labels_BS,
+        loss_mask_BS,
+        position_ids_BS,
+        token_task_BS,
+        document_BS if is_packed else None,
+        _answers(loss_mask_BS),
     )
+
+
+def _answers(loss_mask_BS: Tensor) -> Tensor:
+    """``Microbatch.answers_L``. Found here, on the host, since on a device it would have to be waited for."""
+    return loss_mask_BS.t().flatten().nonzero().flatten()
 
 
 def pack(samples: Sequence[Sample], row_length: int) -> list[list[Sample]]:
@@ -128,9 +141,10 @@ def with_common_shape(microbatches: Sequence[Microbatch], pad_token_id: int) -> 
                 value=pad_token_id if field.name in ("tokens_BS", "labels_BS") else 0,
             )
             for field in dataclasses.fields(m)
-            if getattr(m, field.name) is not None
+            if field.name != "answers_L" and getattr(m, field.name) is not None
         }
-        return Microbatch(**padded)
+        padded.setdefault("document_BS", None)
+        return Microbatch(**padded, answers_L=_answers(padded["loss_mask_BS"]))
 
     return [pad(m) for m in microbatches]
 

@@ -11,7 +11,8 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -34,6 +35,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.models.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, is_adapter_key
 from malora_dist.models.adapter import AdapterSettings
 from malora_dist.models.attention import SdpaAttention
+from malora_dist.models.elementwise import RotaryAttention, SwiGLU
 from malora_dist.models.hf_config import rope_inv_freq
 from malora_dist.models.routing_context import RoutingContext
 from malora_dist.parallel.topology import Topology
@@ -67,15 +69,27 @@ class LlamaLayer(TransformerLayer):
 class LlamaModel(GPTModel):
     """megatron's GPTModel with Llama's RoPE frequencies, its true vocabulary and a frozen base.
 
+    The output layer works on the positions that have a loss: prompts and padding, most of a batch in
+    instruction tuning, cost no logits. Shape suffix: L positions with a loss.
+
     Args:
         inv_freq: rotary frequencies [head_dim / 2], float32.
         true_vocab_size: without the padding that TP needs.
-        tp_rank: which share of the vocabulary this rank has.
+        topology: of the ranks.
     """
 
-    def __init__(self, *args: Any, inv_freq: Tensor, true_vocab_size: int, tp_rank: int, **kwargs: Any) -> None:
+    _answers_L: Tensor | None = None
+
+    def __init__(self, *args: Any, inv_freq: Tensor, true_vocab_size: int, topology: Topology, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._true_vocab_size, self._tp_rank = true_vocab_size, tp_rank
+        self._true_vocab_size, self._topology = true_vocab_size, topology
+        if self.post_process:
+            # The sequence shards are gathered before the choice of positions, so not by the layer any more; the
+            # gather's backward sums the gradients of the vocabulary's shards.
+            assert not self.output_layer.allreduce_dgrad, "TP comes with sequence parallelism"
+            self.output_layer.sequence_parallel = False
+            self.output_layer.disable_grad_reduce = True
+            self.output_layer.register_forward_pre_hook(lambda _layer, args: (self._with_loss(*args),))
         rotary = self.rotary_pos_emb
         assert rotary.inv_freq.shape == inv_freq.shape, "head_dim disagrees with the rotary frequencies"
         rotary.inv_freq = inv_freq.to(rotary.inv_freq.device)
@@ -86,22 +100,44 @@ class LlamaModel(GPTModel):
     def setup_embeddings_and_output_layer(self) -> None:
         """Tied copies on two stages need no synchronisation: both are frozen and loaded from the checkpoint."""
 
+    def forward(self, *args: Any, answers_L: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """As GPTModel.forward: hidden states, logits, or with ``labels`` losses [L].
+
+        Args:
+            answers_L: ``Microbatch.answers_L``, the positions with a loss; None: all positions.
+        """
+        self._answers_L = answers_L
+        return super().forward(*args, **kwargs)
+
+    def _with_loss(self, hidden_SBH: Tensor) -> Tensor:
+        """All positions of this rank's sequence shard -> those with a loss, of all shards. [L, 1, H]"""
+        if self._topology.tp_size > 1:
+            hidden_SBH = gather_from_sequence_parallel_region(
+                hidden_SBH, tensor_parallel_output_grad=True, group=self._topology.tp_group
+            )
+        if self._answers_L is None:
+            return hidden_SBH
+        return hidden_SBH.flatten(0, 1).index_select(0, self._answers_L).unsqueeze(1)
+
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy of each token in float32, over the true vocabulary. [b, s]
+        """Cross-entropy of each position with a loss in float32, over the true vocabulary. [L]
 
         Args:
             labels: [b, s].
-            logits: [s, b, v], this TP rank's share of the padded vocabulary; columns beyond the true
+            logits: [L, 1, v], this TP rank's share of the padded vocabulary; columns beyond the true
                 one get no probability.
         """
-        logits = logits.float()
-        first = self._tp_rank * logits.shape[-1]
+        labels_L = labels.t().flatten()
+        if self._answers_L is not None:
+            labels_L = labels_L[self._answers_L]
+        logits = logits.flatten(0, 1).float()
+        first = self._topology.tp_rank * logits.shape[-1]
         real = max(self._true_vocab_size - first, 0)
         if real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
-        losses_SB: Tensor = vocab_parallel_cross_entropy(logits, labels.t().contiguous())
-        return losses_SB.t().contiguous()
+        losses_L: Tensor = vocab_parallel_cross_entropy(logits, labels_L)
+        return losses_L
 
 
 def _require_grad(embedded: Tensor) -> Tensor:
@@ -160,6 +196,7 @@ def transformer_config(hf: LlamaConfig, topology: Topology, config: Config) -> T
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=True,  # megatron's word for "a module": SwiGLU in the spec below
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -250,7 +287,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RotaryAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_linear("linear_qkv", hf, settings, layer_number),
@@ -267,6 +304,7 @@ def layer_spec(
                 submodules=MLPSubmodules(
                     linear_fc1=_linear("linear_fc1", hf, settings, layer_number),
                     linear_fc2=_linear("linear_fc2", hf, settings, layer_number),
+                    activation_func=SwiGLU,
                 ),
             ),
             mlp_bda=get_bias_dropout_add,
@@ -320,7 +358,7 @@ def _build_chunk(
         vp_stage=vp_stage,
         inv_freq=rope_inv_freq(hf),
         true_vocab_size=hf.vocab_size,
-        tp_rank=topology.tp_rank,
+        topology=topology,
     ).to(topology.device)
     for name, parameter in model.named_parameters():
         if not is_adapter_key(name):

@@ -1,6 +1,6 @@
 """The language-model loss on answer tokens, summed; megatron divides it by their global number.
 
-Shape suffixes: B batch, S sequence, J tasks.
+Shape suffixes: B batch, S sequence, L positions with a loss, J tasks.
 """
 
 from __future__ import annotations
@@ -14,25 +14,30 @@ from torch import Tensor
 from malora_dist.data.batches import Microbatch
 
 
-def _sum_over_answers(microbatch: Microbatch, num_tasks: int, losses_BS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_over_answers(microbatch: Microbatch, num_tasks: int, losses_L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """megatron's loss function with per-token loss: (loss sum, number of tokens, what is reported).
 
     Reported: [J, 2], per task the loss sum and the number of answer tokens.
     """
-    mask_BS = microbatch.loss_mask_BS
-    per_task = torch.zeros(num_tasks + 1, 2, dtype=torch.float32, device=losses_BS.device)
-    # The task of a label is the task of its sample; padding has mask 0 and adds nothing to row 0.
-    rows = torch.stack((losses_BS.detach() * mask_BS, mask_BS), dim=-1).flatten(0, 1)
-    per_task.index_add_(0, microbatch.token_task_BS.flatten(), rows)
-    return (losses_BS * mask_BS).sum(), mask_BS.sum().int(), per_task[1:]
+    # The task of a label is the task of its sample.
+    task_L = microbatch.token_task_BS.t().flatten()[microbatch.answers_L]
+    per_task = torch.zeros(num_tasks + 1, 2, dtype=torch.float32, device=losses_L.device)
+    per_task.index_add_(0, task_L, torch.stack((losses_L.detach(), torch.ones_like(losses_L)), dim=-1))
+    return losses_L.sum(), per_task[:, 1].sum().int(), per_task[1:]
 
 
 def forward_step(data_iterator: Any, model: torch.nn.Module, *, num_tasks: int) -> Any:
     """megatron's forward_step_func: one microbatch through this stage, and the loss function.
 
-    The last stage is given the labels and answers each token's loss: logits in megatron's own order, [s, b, v], are
-    never laid out anew, nor are their gradients.
+    The last stage is given the labels and answers the losses of the positions that have one; no other
+    position gets logits.
     """
     microbatch: Microbatch = next(data_iterator)
-    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, microbatch.marks, labels=microbatch.labels_BS)
+    output = model(
+        microbatch.tokens_BS,
+        microbatch.position_ids_BS,
+        microbatch.marks,
+        labels=microbatch.labels_BS,
+        answers_L=microbatch.answers_L,
+    )
     return output, partial(_sum_over_answers, microbatch, num_tasks)
