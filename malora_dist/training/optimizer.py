@@ -21,7 +21,7 @@ def make_optimizer(config: Config, model: Sequence[torch.nn.Module], adam: Choic
         adam: which implementation, see :func:`malora_dist.parallel.backends.adam_choice`.
     """
     _make_megatron_use(adam)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             decoupled_weight_decay=True,
@@ -38,6 +38,10 @@ def make_optimizer(config: Config, model: Sequence[torch.nn.Module], adam: Choic
         list(model),
         use_gloo_process_groups=False,
     )
+    if adam.chosen == TORCH_ADAM:  # megatron leaves torch's to a loop over parameters, a dozen passes over each
+        for group in optimizer.param_groups:
+            group["fused"] = True
+    return optimizer
 
 
 def _make_megatron_use(choice: Choice) -> None:
