@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["malora_dist", "malora_dist.*"]),
     python_requires=">=3.11,<3.13",
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.10",
         "megatron-core>=0.16,<0.20",
         "transformers>=5,<6",
         "peft>=0.21,<0.22",

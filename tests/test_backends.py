@@ -280,7 +280,7 @@ def test_supported_versions_pass() -> None:
     ("python", "torch_version", "megatron", "expected"),
     [
         ("3.13.1", "2.13.0", "0.16.1", "Python 3.13.1: must be >=3.11,<3.13; make an environment with a supported one"),
-        ("3.11.9", "2.5.1+cu124", "0.16.1", "torch 2.5.1+cu124: must be >=2.6; pip install 'torch>=2.6'"),
+        ("3.11.9", "2.5.1+cu124", "0.16.1", "torch 2.5.1+cu124: must be >=2.10; pip install 'torch>=2.10'"),
         (
             "3.11.9",
             "2.13.0",

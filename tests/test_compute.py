@@ -155,15 +155,23 @@ def test_project_and_score() -> None:
     torch.testing.assert_close(logits, x @ router.T)
 
 
-def test_the_router_stays_float32_on_a_bfloat16_input() -> None:
-    x = torch.randn(T, N_IN).bfloat16().requires_grad_()
-    down, router = torch.randn(3, N_IN, requires_grad=True), torch.randn(5, N_IN, requires_grad=True)
-    z, logits = project_and_score(x, down, router)
-    assert (z.dtype, logits.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(logits, maths.router_logits(x, router), rtol=0, atol=0)
-    (z.float().sum() + logits.sum()).backward()
-    assert router.grad is not None
-    torch.testing.assert_close(router.grad, x.float().sum(0).expand(5, -1))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_stays_float32_on_a_narrow_input(dtype: torch.dtype) -> None:
+    """Logits and the router's gradient to float32's rounding, 500 times below bfloat16's; z and dx to x's own."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=g).to(dtype).requires_grad_()
+    down, router = (torch.randn(n, 256, generator=g).requires_grad_() for n in (3, 5))
+    exact = [t.detach().double().requires_grad_() for t in (x, down, router)]
+    outputs = project_and_score(x, down, router), (exact[0] @ exact[1].T, exact[0] @ exact[2].T)
+    assert [t.dtype for t in outputs[0]] == [dtype, torch.float32]
+    for z, logits in outputs:
+        (z.double().square().sum() + logits.double().pow(3).sum()).backward()
+    pairs = {"z": (outputs[0][0], outputs[1][0]), "logits": (outputs[0][1], outputs[1][1])}
+    pairs |= {name: (t.grad, e.grad) for name, t, e in zip(("x", "S", "router"), (x, down, router), exact, strict=True)}
+    for name, (got, expected) in pairs.items():
+        tolerance = 5e-6 if name in ("logits", "router") else 1e-2
+        error = (got.double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, f"{name}: off by {error:.1e} of the largest entry"
 
 
 def test_auto_turns_from_the_gated_block_to_the_grouped_form_as_experts_grow() -> None:
@@ -254,3 +262,9 @@ def test_torch_compile_traces_it_whole(form: str, dtype: torch.dtype) -> None:
         results.append([t.grad for t in given])
     for eager, compiled in zip(*results, strict=True):
         assert (compiled - eager).abs().max() <= (1e-5 if dtype == torch.float32 else 3e-2) * eager.abs().max()
+
+
+def test_an_unknown_form_is_no_form() -> None:
+    spec = AdapterSpec(num_lora_experts=4, lora_rank=2, shared_dim=3)
+    with pytest.raises(KeyError, match="gated"):
+        gradients(fast(spec, COLUMNS["whole"], "gated"), inputs(spec, TOTAL))

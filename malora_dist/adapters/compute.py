@@ -37,7 +37,8 @@ class Columns(NamedTuple):
         y_TF = y.view(-1, y.shape[-1])
         if self.groups == 1:
             return y_TF[:, self.start : self.start + self.width]
-        return y_TF.view(y_TF.shape[0], self.groups, -1)[..., self.start : self.start + self.width]
+        y_TGF = y_TF.view(y_TF.shape[0], self.groups, y.shape[-1] // self.groups)
+        return y_TGF[..., self.start : self.start + self.width]
 
 
 def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: str) -> str:
@@ -64,36 +65,61 @@ def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: 
 # ---- before dispatch
 
 
+def _bf16_parts(wide: Tensor) -> list[Tensor]:
+    """Three bfloat16 tensors whose sum is a float32 one, bit by bit: 3 x 8 bits of mantissa."""
+    parts = []
+    for _ in range(3):
+        parts.append(wide.bfloat16())
+        wide = wide - parts[-1].float()
+    return parts
+
+
+def _matmul_float32(a: Tensor, b: Tensor) -> Tensor:
+    """The product of bfloat16 matrices in float32. Neither a CPU nor torch.compile knows the kernel."""
+    if a.is_cuda and not torch.compiler.is_compiling():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
 class _Project(torch.autograd.Function):
-    """z = x S^T in x's dtype and logits = x R^T in float32, of one x that is kept once, in its own dtype."""
+    """z = x S^T in x's dtype and logits = x R^T in float32, in one product that reads x once, in its own dtype.
+
+    On a GPU a bfloat16 x is never copied to float32: R is split into three bfloat16 matrices, whose products with x,
+    summed in float32, are as exact and run on tensor cores. Only dx, bfloat16 itself, takes the gradient of the logits
+    in bfloat16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, down_ZI: Tensor, router_NI: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_TI, down_ZI, router_NI)
-        if x_TI.dtype == router_NI.dtype:  # one read of x
-            both = F.linear(x_TI, torch.cat((down_ZI.to(x_TI.dtype), router_NI)))
-            z_TZ, logits_TN = both.split((down_ZI.shape[0], router_NI.shape[0]), dim=-1)
-            return z_TZ.contiguous(), logits_TN.contiguous()
-        return F.linear(x_TI, down_ZI.to(x_TI.dtype)), F.linear(x_TI.to(router_NI.dtype), router_NI)
+        width, experts = down_ZI.shape[0], router_NI.shape[0]
+        if x_TI.dtype == torch.bfloat16:
+            stacked = torch.cat((down_ZI.bfloat16(), *_bf16_parts(router_NI)))
+            z_TZ, parts = _matmul_float32(x_TI, stacked.t()).split((width, 3 * experts), dim=-1)
+            return z_TZ.bfloat16(), parts.unflatten(-1, (3, experts)).sum(dim=1)
+        both = F.linear(x_TI.to(router_NI.dtype), torch.cat((down_ZI.to(router_NI.dtype), router_NI)))
+        z_TZ, logits_TN = both.split((width, experts), dim=-1)
+        return z_TZ.to(x_TI.dtype).contiguous(), logits_TN.contiguous()
 
     @staticmethod
     def backward(ctx: Any, dz_TZ: Tensor, dlogits_TN: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x_TI, down_ZI, router_NI = ctx.saved_tensors
-        dtype, wide = x_TI.dtype, router_NI.dtype
+        width, experts = down_ZI.shape[0], router_NI.shape[0]
         dx = d_down = d_router = None
-        if dtype == wide:
-            grad = torch.cat((dz_TZ, dlogits_TN), dim=-1)
-            if ctx.needs_input_grad[0]:
-                dx = grad @ torch.cat((down_ZI.to(dtype), router_NI))
-            if ctx.needs_input_grad[1] and ctx.needs_input_grad[2]:
-                d_down, d_router = (grad.t() @ x_TI).split((down_ZI.shape[0], router_NI.shape[0]))
-                return dx, d_down.to(down_ZI.dtype), d_router
-        elif ctx.needs_input_grad[0]:
-            dx = (dlogits_TN @ router_NI).to(dtype).addmm_(dz_TZ, down_ZI.to(dtype))
-        if ctx.needs_input_grad[1]:
-            d_down = (dz_TZ.t() @ x_TI).to(down_ZI.dtype)
-        if ctx.needs_input_grad[2]:
-            d_router = dlogits_TN.t() @ x_TI.to(wide)
+        in_bf16 = x_TI.dtype == torch.bfloat16
+        dtype = x_TI.dtype if in_bf16 else router_NI.dtype
+        if ctx.needs_input_grad[0]:
+            factor = torch.cat((down_ZI.to(dtype), router_NI.to(dtype)))
+            dx = (torch.cat((dz_TZ.to(dtype), dlogits_TN.to(dtype)), dim=-1) @ factor).to(x_TI.dtype)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            if in_bf16:
+                grad = torch.cat((dz_TZ, *_bf16_parts(dlogits_TN)), dim=-1)
+                d_down, parts = _matmul_float32(grad.t(), x_TI).split((width, 3 * experts))
+                d_router = parts.unflatten(0, (3, experts)).sum(dim=0)
+            else:
+                grad = torch.cat((dz_TZ.to(dtype), dlogits_TN), dim=-1)
+                d_down, d_router = (grad.t() @ x_TI.to(dtype)).split((width, experts))
+            d_down = d_down.to(down_ZI.dtype)
         return dx, d_down, d_router
 
 
@@ -265,11 +291,13 @@ def _padded(z_TZ: Tensor, down_ERZ: Tensor, up_EMR: Tensor) -> tuple[Tensor, Ten
     """All in z's dtype, Z and R padded with zeros to the 16 bytes that grouped_mm's strides have to be multiples of."""
     unit = 16 // z_TZ.element_size()
     more_z, more_r = -down_ERZ.shape[2] % unit, -down_ERZ.shape[1] % unit
-    return (
-        F.pad(z_TZ, (0, more_z)),
-        F.pad(down_ERZ.to(z_TZ.dtype), (0, more_z, 0, more_r)),
-        F.pad(up_EMR.to(z_TZ.dtype), (0, more_r)),
-    )
+    down_ERZ, up_EMR = down_ERZ.to(z_TZ.dtype), up_EMR.to(z_TZ.dtype)
+    if more_r:  # as F.pad, which would write the largest tensor here twice
+        padded = up_EMR.new_empty(*up_EMR.shape[:2], up_EMR.shape[2] + more_r)
+        padded[..., :-more_r] = up_EMR
+        padded[..., -more_r:] = 0
+        up_EMR = padded
+    return F.pad(z_TZ, (0, more_z)), F.pad(down_ERZ, (0, more_z, 0, more_r)), up_EMR
 
 
 def _can_group(dtype: torch.dtype, rows: int, *widths: int) -> bool:
@@ -322,13 +350,16 @@ def add_experts(
             same expert may not stand twice in a row.
         down_ERZ: P (MALoRA) or A (MoLoRA).
         up_EMR: B.
+
+    Raises:
+        KeyError: no such form.
     """
     num_experts, rank, _ = down_ERZ.shape
     if expert_compute == "auto":
         expert_compute = choose_expert_compute(num_experts, experts_TK.shape[1], rank, z_TZ.device.type)
         if torch.compiler.is_compiling() and z_TZ.dtype != torch.bfloat16:
             expert_compute = "gated_block"  # torch.compile knows grouped_mm in bfloat16 only
-    form = _Grouped if expert_compute == "grouped" else _GatedBlock
+    form = {"grouped": _Grouped, "gated_block": _GatedBlock}[expert_compute]
     return form.apply(y, z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR, scaling, columns)
 
 

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from malora_dist.errors import BackendUnavailableError
 
 #: The ranges of setup.py for what a run depends on most; a test compares the two.
-SUPPORTED = {"torch": ">=2.6", "megatron-core": ">=0.16,<0.20"}
+SUPPORTED = {"torch": ">=2.10", "megatron-core": ">=0.16,<0.20"}
 SUPPORTED_PYTHON = ">=3.11,<3.13"
 
 
