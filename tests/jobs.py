@@ -78,6 +78,7 @@ def train_and_record(
     keep_inputs: bool = True,
     keep_masks: bool = False,
     sabotage: str = "",
+    mixed_dispatch: bool = False,
 ) -> dict[str, Any]:
     """Train ``steps`` steps; this rank's losses, norms, input gradients, and shards of gradients and parameters.
 
@@ -85,7 +86,13 @@ def train_and_record(
         keep_inputs: record the gradient of the embeddings; it makes their output a leaf that wants a gradient.
         keep_masks: record what dropout did.
         sabotage: a function of tests/sabotage.py that breaks the code while the job runs.
+        mixed_dispatch: ``auto`` takes gather_experts and all_to_all by turns, whatever the bytes.
     """
+    if mixed_dispatch:
+        with mock.patch(
+            "malora_dist.dispatch.factory.cheaper_dispatch", side_effect=["gather_experts", "all_to_all"] * 2
+        ):
+            return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
     with importlib.import_module("tests.sabotage").apply(sabotage) if sabotage else contextlib.nullcontext():
         return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
 

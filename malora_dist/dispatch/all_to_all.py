@@ -39,7 +39,7 @@ class AllToAllDispatcher:
     """Dispatch by two uneven all-to-alls over the expert-parallel group.
 
     Expert e lives on rank e // (N / R) of the group. The row counts are read on the host: one
-    synchronisation per adapted linear.
+    synchronisation per adapted linear (under TP, MoLoRA adds one per adapter).
     """
 
     name = "all_to_all"
@@ -54,7 +54,7 @@ class AllToAllDispatcher:
         wanted = [self._wanted(routing.experts_TK) for routing in routings]
         send_RA = torch.stack([wanted_TR.sum(dim=0) for wanted_TR in wanted], dim=1)
         receive_RA = exchange_counts(send_RA, self._group)
-        send, receive = send_RA.t().tolist(), receive_RA.t().tolist()
+        send, receive = torch.stack((send_RA, receive_RA)).transpose(1, 2).tolist()
         under_way = [self._start(*each) for each in zip(z, routings, wanted, send, receive, strict=True)]
         return [self._arrived(*each) for each in under_way]
 
@@ -62,7 +62,7 @@ class AllToAllDispatcher:
         self, z_TZ: Tensor, routing: Routing, wanted_TR: Tensor, send: list[int], receive: list[int]
     ) -> tuple[Callable[[], Tensor], _Handle]:
         num_tokens = z_TZ.shape[0]
-        rank_of_row_S, token_of_row_S = wanted_TR.t().nonzero(as_tuple=True)  # by rank, then by token
+        rank_of_row_S, token_of_row_S = _rows(wanted_TR, sum(send))
         gates_TN = dense_gates(routing.gates_TK, routing.experts_TK, self._ranks * self._experts_per_rank)
         gates_TRE = gates_TN.view(num_tokens, self._ranks, self._experts_per_rank)
         # Gates travel in z's dtype beside z: they multiply a tensor of that dtype on either side.
@@ -90,11 +90,12 @@ class AllToAllDispatcher:
         sent_RQ, received_RQ = self._rows_by_shard(wanted_TR, tp_group.size())
         by_shard = gather_rows(u_WU, received_RQ.sum(dim=0).tolist(), tp_group)
         order = _transposed_blocks(received_RQ.t())
+        send = sent_RQ.sum(dim=1).tolist()
         handle = _Handle(
-            wanted_TR.t().nonzero(as_tuple=True)[1],
+            _rows(wanted_TR, sum(send))[1],
             wanted_TR.shape[0],
             tokens.handle.topk,
-            sent_RQ.sum(dim=1).tolist(),
+            send,
             received_RQ.sum(dim=1).tolist(),
         )
         return by_shard[order.to(u_WU.device)], replace(tokens, handle=handle)
@@ -109,11 +110,12 @@ class AllToAllDispatcher:
         u_shard = reduce_scatter_rows(u_WU[order.to(u_WU.device)], received_RQ.sum(dim=0).tolist(), tp_group)
         shard = tp_group.rank()
         own_TR = wanted_TR.chunk(tp_group.size())[shard]
+        send = sent_RQ[:, shard].tolist()
         handle = _Handle(
-            own_TR.t().nonzero(as_tuple=True)[1],
+            _rows(own_TR, sum(send))[1],
             own_TR.shape[0],
             tokens.handle.topk,
-            sent_RQ[:, shard].tolist(),
+            send,
             received_RQ[:, shard].tolist(),
         )
         return u_shard, replace(tokens, handle=handle)
@@ -126,7 +128,17 @@ class AllToAllDispatcher:
     def _rows_by_shard(self, wanted_TR: Tensor, shards: int) -> tuple[Tensor, Tensor]:
         """Rows that go to, and come from, each rank by sequence shard of the token. Two int64 [R, Q] on the CPU."""
         sent_RQ = wanted_TR.unflatten(0, (shards, -1)).sum(dim=1).t().contiguous()
-        return sent_RQ.cpu(), exchange_counts(sent_RQ, self._group).cpu()
+        return tuple(torch.stack((sent_RQ, exchange_counts(sent_RQ, self._group))).cpu())
+
+
+def _rows(wanted_TR: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(rank, token) of each row, by rank, then by token. Two int64 [S]
+
+    Args:
+        count: S, known on the host; looking for it would wait for the device.
+    """
+    rank_S, token_S = torch.nonzero_static(wanted_TR.t(), size=count).unbind(dim=1)
+    return rank_S, token_S
 
 
 def _transposed_blocks(sizes_AB: Tensor) -> Tensor:

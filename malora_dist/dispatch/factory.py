@@ -22,12 +22,15 @@ def make_dispatcher(dispatch: str, num_experts: int, ep_group: ProcessGroup, dev
 
     Raises:
         BackendUnavailableError: ``fastmoe`` where fmoe cannot run.
+        ValueError: no such dispatcher.
     """
     if dispatch == "fastmoe":
         return FastMoEDispatcher(num_experts, ep_group, device)
     if dispatch == "all_to_all":
         return AllToAllDispatcher(num_experts, ep_group)
-    return LocalDispatcher(dispatch)
+    if dispatch in ("local", "gather_experts", "none"):
+        return LocalDispatcher(dispatch)
+    raise ValueError(f"dispatch {dispatch!r}: no such dispatcher")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def plan_dispatch(
         moved = sum(all_to_all_bytes(spec, shape, ep, tokens, itemsize) for shape in every) / 1e6
         gathered = sum(gather_experts_bytes(spec, shape, ep) for shape in every) / 1e6
         reason = (
-            f"auto, by bytes sent per layer, step and rank: the tokens to the experts (all_to_all) {moved:,.1f} MB, "
+            "auto, by bytes sent per layer, step and rank with every row full: "
+            f"the tokens to the experts (all_to_all) {moved:,.1f} MB, "
             f"the experts to the tokens (gather_experts) {gathered:,.1f} MB"
         )
     made = {name: make_dispatcher(name, spec.num_experts, ep_group, device) for name in dict.fromkeys(names.values())}

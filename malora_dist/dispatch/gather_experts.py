@@ -80,6 +80,11 @@ class GatheredExperts:
         assert layer.full, "start() comes before the first forward of a step"
         return layer.full[index]
 
+    def release(self) -> None:
+        """Drop the copies, of which no gradient is wanted."""
+        for layer in self._layers.values():
+            layer.full = []
+
     @torch.no_grad()
     def reduce_gradients(self) -> None:
         """Sum the full gradients over the group into the shards' ``main_grad``; the copies end.

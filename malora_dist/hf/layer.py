@@ -74,6 +74,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return result
+        if self.base_layer._forward_hooks:  # they may keep the base's output, which adapters are added to in place
+            result = result.clone()
         for adapter_name in self.active_adapters:
             if adapter_name in self.adapter_configs:
                 result = self._add(adapter_name, x, result)

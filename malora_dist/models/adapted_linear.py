@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,8 @@ class LinearAdapters(torch.nn.ModuleDict):
         self._gathered = settings.plan.gathered if self._dispatcher.name == "gather_experts" else None
         if self._gathered is not None:
             self._gathered.add(layer_number, [p for adapter in self._list for p in adapter.expert_parameters])
-        self._columns = _columns(widths, groups, self._tp if style == "column" else 1)
+        columns = _columns(widths, groups, self._tp if style == "column" else 1)
+        self._runs = [_runs(adapter.projections, columns) for adapter in self._list]
 
     @property
     def _list(self) -> list[Adapter]:
@@ -105,8 +106,8 @@ class LinearAdapters(torch.nn.ModuleDict):
         if not self._dispatcher.moves_tokens:
             return partial(self._add_local, tokens)
         returning = []
-        for adapter, arrived in zip(self._list, tokens, strict=True):
-            up_EMR = self._full_up(adapter)
+        for adapter, runs, arrived in zip(self._list, self._runs, tokens, strict=True):
+            up_EMR = self._all_up(adapter, runs)
             y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], up_EMR.shape[1])
             y_WM = self._compute(adapter, y_WM, arrived, up_EMR, Columns(1, 0, y_WM.shape[1]))
             returning.append(self._dispatcher.send_back(y_WM, arrived))
@@ -223,9 +224,16 @@ class LinearAdapters(torch.nn.ModuleDict):
     def _down(self, adapter: Adapter) -> Tensor:
         return self._weight(adapter.get_parameter("P" if self._spec.method == "malora" else "A"))
 
-    def _full_up(self, adapter: Adapter) -> Tensor:
-        """B of all projections of the adapter, side by side. [E, M, R]"""
-        ups = [self._weight(adapter.up(projection)) for projection in adapter.projections]
+    def _up(self, adapter: Adapter, run: Run) -> Tensor:
+        """B of a run's projections, rows in the order of its columns. [E, M, R], LoRA: [M, R]"""
+        ups = [self._weight(adapter.up(projection)) for projection in run.projections]
+        if len(ups) == 1:
+            return ups[0]
+        return torch.cat([up.unflatten(-2, (run.groups, -1)) for up in ups], dim=-2).flatten(-3, -2)
+
+    def _all_up(self, adapter: Adapter, runs: Sequence[Run]) -> Tensor:
+        """B of all projections of the adapter, run after run. [E, M, R]"""
+        ups = [self._up(adapter, run) for run in runs]
         return ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
 
     def _compute(
@@ -267,37 +275,35 @@ class LinearAdapters(torch.nn.ModuleDict):
         routings = [maths.Routing(*(t[:, i] for t in sent)) for i in range(len(self))]
         arrived = dispatcher.dispatch([adapter.dropout(x_TI) for adapter in self._list], routings)
         returning = []
-        for i, (adapter, tokens) in enumerate(zip(self._list, arrived, strict=True)):
+        for i, (adapter, runs, tokens) in enumerate(zip(self._list, self._runs, arrived, strict=True)):
             params = {"A": self._down(adapter)}
             gates_WE = maths.dense_gates(tokens.gates_WJ, tokens.experts_WJ, params["A"].shape[0])
             u_WU = maths.expert_down(spec, params, tokens.rows_WZ, gates_WE)
             cross = dispatcher.gather if column else dispatcher.reduce_scatter
             u_WU, tokens = cross(u_WU, tokens, experts_TAK[:, i], self._tp_group)
-            returning.append(dispatcher.send_back(maths.expert_up(self._full_up(adapter), u_WU), tokens))
+            returning.append(dispatcher.send_back(maths.expert_up(self._all_up(adapter, runs), u_WU), tokens))
         return returning
 
     # ---- the sum with the base output
 
     def _add_lora(self, z_TY: Tensor, y: Tensor) -> Tensor:
-        for adapter, z_TZ in zip(self._list, z_TY.chunk(len(self), dim=-1), strict=True):
-            for projection in adapter.projections:
-                y = add_up(y, z_TZ, adapter.up(projection), self._spec.scaling, self._columns[projection])
+        for adapter, runs, z_TZ in zip(self._list, self._runs, z_TY.chunk(len(self), dim=-1), strict=True):
+            for run in runs:
+                y = add_up(y, z_TZ, self._up(adapter, run), self._spec.scaling, run.columns)
         return y
 
     def _add_local(self, tokens: Sequence[DispatchedTokens], y: Tensor) -> Tensor:
-        for adapter, own in zip(self._list, tokens, strict=True):
-            for projection in adapter.projections:
-                up_EMR = self._weight(adapter.up(projection))
-                y = self._compute(adapter, y, own, up_EMR, self._columns[projection])
+        for adapter, runs, own in zip(self._list, self._runs, tokens, strict=True):
+            for run in runs:
+                y = self._compute(adapter, y, own, self._up(adapter, run), run.columns)
         return y
 
     def _add_returned(self, returning: Sequence[Returning], y: Tensor) -> Tensor:
-        for adapter, wait in zip(self._list, returning, strict=True):
+        for runs, wait in zip(self._runs, returning, strict=True):
             rows_SM, token_S = wait()
-            columns = [self._columns[projection] for projection in adapter.projections]
-            parts = rows_SM.split([c.groups * c.width for c in columns], dim=-1)
-            for part, own in zip(parts, columns, strict=True):
-                y = add_rows(y, part, token_S, own)
+            parts = rows_SM.split([run.columns.groups * run.columns.width for run in runs], dim=-1)
+            for part, run in zip(parts, runs, strict=True):
+                y = add_rows(y, part, token_S, run.columns)
         return y
 
     def sharded_state_dict(
@@ -324,6 +330,37 @@ def _columns(widths: dict[str, tuple[int, int]], groups: int, tp: int) -> dict[s
         columns[projection] = Columns(groups, start, width)
         start += width
     return columns
+
+
+class Run(NamedTuple):
+    """Projections of one adapter whose columns of the fused output are adjacent: computed together.
+
+    Attributes:
+        projections: in fused order.
+        groups: equal parts of the output, in each of which the projections lie one after the other.
+        columns: all of theirs.
+    """
+
+    projections: tuple[str, ...]
+    groups: int
+    columns: Columns
+
+
+def _runs(projections: Sequence[str], columns: dict[str, Columns]) -> list[Run]:
+    """The fewest runs of an adapter's projections."""
+    runs: list[Run] = []
+    for projection in projections:
+        own, last = columns[projection], runs[-1] if runs else None
+        if last is not None and last.columns.start + last.columns.width == own.start:
+            joined = last.columns._replace(width=last.columns.width + own.width)
+            runs[-1] = Run((*last.projections, projection), own.groups, joined)
+        else:
+            runs.append(Run((projection,), own.groups, own))
+    whole = sum(own.groups * own.width for own in columns.values())
+    return [
+        run._replace(columns=Columns(1, 0, whole)) if run.columns.groups * run.columns.width == whole else run
+        for run in runs
+    ]
 
 
 ADAPTERS = "adapters"

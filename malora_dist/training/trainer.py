@@ -72,7 +72,7 @@ class Trainer:
             adapter_shapes(self.hf, config, topology.tp_size),
             topology.ep_group,
             topology.device,
-            tokens=config.global_batch_size // topology.dp_size * config.seq_length,
+            tokens=max(1, config.global_batch_size * config.seq_length // topology.dp_size),
             itemsize=2 if config.bf16 else 4,
         )
         settings = AdapterSettings(config, topology, self.plan, self.context, config.seed, config.expert_compute)
@@ -164,10 +164,12 @@ class Trainer:
         """Mean answer loss of each task's validation split; logged. Tasks without one are left out."""
         for chunk in self.ddp:
             chunk.eval()
-        self.plan.gathered.start()
         sums: list[Tensor] = []
-        for microbatches in self.batches.validation():
+        for task, microbatches in enumerate(self.batches.validation()):
+            if task == 0:
+                self.plan.gathered.start()
             sums.extend(self._run(microbatches, forward_only=True))
+        self.plan.gathered.release()
         losses = mean_losses(sums, self.batches.task_names, self.topology)
         if not losses.by_task:
             return losses
