@@ -59,7 +59,7 @@ def only(modules: dict[str, ModuleType], **rates: float) -> Any:
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize(
-    ("method", "form"),
+    ("name", "form"),
     [
         ("lora", "gated_block"),
         ("molora", "gated_block"),
@@ -69,12 +69,14 @@ def only(modules: dict[str, ModuleType], **rates: float) -> Any:
     ],
 )
 def test_operations_are_those_of_the_floor(
-    modules: dict[str, ModuleType], llama: Any, method: str, form: str, fuse: bool
+    modules: dict[str, ModuleType], llama: Any, name: str, form: str, fuse: bool
 ) -> None:
     flops = importlib.import_module("flops")
-    model, spec = modules["scaling_model"], AdapterSpec(method=method, num_lora_experts=16, fuse_projections=fuse)
+    model, spec = modules["scaling_model"], AdapterSpec(method=name, num_lora_experts=16, fuse_projections=fuse)
     for linear in llama.linears:
-        passes = [model.input_ops(modules["scaling_parts"].Method("", spec, "local"), linear, 1.0, 1)]
+        passes = [
+            model.input_ops(modules["scaling_parts"].Method("", spec, "local", float32_router=True), linear, 1.0, 1)
+        ]
         passes += [model.expert_ops(spec, shape, 1.0, 1, form) for shape in linear.shapes(spec, 1)]
         counted = sum(op.flops for both in passes for ops in both for op in ops)
         groups = [linear.widths] if fuse else [(width,) for width in linear.widths]

@@ -80,17 +80,21 @@ def write_llama(config: LlamaConfig, directory: Path, dtype: torch.dtype = torch
     return directory
 
 
-def write_samples(file: Path, vocab: int, positions: int, samples: int = 32, seed: int = 0) -> Path:
-    """A task whose every sample takes ``positions`` positions, all of them trained.
+def write_samples(
+    file: Path, vocab: int, positions: int, samples: int = 32, answers: float = 1.0, seed: int = 0
+) -> Path:
+    """A task whose every sample takes ``positions`` positions, a share of them (``answers``) with a loss.
 
     A sample is ``positions`` + 1 tokens, EOS included: the last one is only a label.
     """
+    prompt = positions + 1 - round(positions * answers)
     rng = random.Random(seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as out:
         for _ in range(samples):
-            first, *rest = (str(rng.randrange(len(SPECIAL_TOKENS), vocab)) for _ in range(positions))
-            out.write(json.dumps({"prompt": first, "completion": " " + " ".join(rest)}) + "\n")
+            words = [str(rng.randrange(len(SPECIAL_TOKENS), vocab)) for _ in range(positions)]
+            record = {"prompt": " ".join(words[:prompt]), "completion": " " + " ".join(words[prompt:])}
+            out.write(json.dumps(record) + "\n")
     return file
 
 
@@ -127,12 +131,17 @@ class Inputs:
 
 
 def write_inputs(
-    directory: Path, config: LlamaConfig, positions: int, dtype: torch.dtype = torch.float32, samples: int = 32
+    directory: Path,
+    config: LlamaConfig,
+    positions: int,
+    dtype: torch.dtype = torch.float32,
+    samples: int = 32,
+    answers: float = 1.0,
 ) -> Inputs:
     """Write a random Llama, its conversion and its samples below ``directory``."""
     hf = write_llama(config, directory / "hf", dtype)
     import_hf(hf, directory / "base")
-    task = write_samples(directory / "task.jsonl", config.vocab_size, positions, samples)
+    task = write_samples(directory / "task.jsonl", config.vocab_size, positions, samples, answers)
     return Inputs(hf, directory / "base", task, positions, dtype)
 
 

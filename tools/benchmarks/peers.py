@@ -287,7 +287,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512, help="width of the model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vocab", type=int, default=1024, help="a small one: the head's share of the work is small")
+    parser.add_argument("--vocab", type=int, default=32000, help="Llama 2's (default: %(default)s)")
+    parser.add_argument("--answers", type=float, default=0.5, help="share of the positions with a loss")
     parser.add_argument("--tokens", type=int, default=512, help="per sequence")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences per step")
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each contender")
@@ -323,7 +324,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = llama_like(args.hidden, args.layers, args.vocab, head_dim=64)
     with tempfile.TemporaryDirectory(prefix="malora-peers-") as scratch:
-        inputs = write_inputs(Path(scratch), config, args.tokens)
+        inputs = write_inputs(Path(scratch), config, args.tokens, answers=args.answers)
         figures = measure(inputs, args.micro_batch_size, args.rounds, args.threads)
 
     ratio_of = report(figures, args.micro_batch_size * args.tokens)

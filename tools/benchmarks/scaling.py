@@ -9,7 +9,7 @@ scaling_cluster.py; each rate is an option (`--network 25e9`), and the first tab
     molora gather      MoLoRA with `dispatch: gather_experts`
     malora EP=1        every rank has all experts
     malora all_to_all, malora gather, malora auto    MALoRA with this `dispatch`
-    malora split       auto, with the router as three bfloat16 parts: not implemented, see `Method` in scaling_parts.py
+    float32 router     auto, were x copied to float32 for the router: what splitting the router saves
 
 Each method runs in its own fastest layout that fits into memory, TP x PP x EP (R: with recompute), with `--ep`
 expert-parallel ranks or more, or as many as plain LoRA has data-parallel ranks; experts are computed in the cheaper
@@ -56,7 +56,7 @@ def methods(num_experts: int) -> list[Method]:
         Method("malora all_to_all", malora, "all_to_all"),
         Method("malora gather", malora, "gather_experts"),
         Method("malora auto", malora, "auto"),
-        Method("malora split", malora, "auto", split_router=True),
+        Method("float32 router", malora, "auto", float32_router=True),
     ]
 
 
@@ -117,7 +117,7 @@ def print_findings(model: Model, by: Runs) -> None:
     """Which dispatch wins at which number of experts, what `auto` loses, and what the router costs."""
     ways = ("malora gather", "malora all_to_all")
     seconds = {n: {name: run.times.total for name, run in runs.items() if run is not None} for n, runs in by.items()}
-    seconds = {n: of for n, of in seconds.items() if {"lora", "malora auto", "malora split"} <= of.keys()}
+    seconds = {n: of for n, of in seconds.items() if {"lora", "malora auto", "float32 router"} <= of.keys()}
     fastest = {n: min((way for way in ways if way in of), key=lambda way: of[way]) for n, of in seconds.items()}
     for way in ways:
         where = ", ".join(str(n) for n, name in fastest.items() if name == way) or "none"
@@ -126,8 +126,8 @@ def print_findings(model: Model, by: Runs) -> None:
         if (loss := of["malora auto"] / of[fastest[n]] - 1) > 0.02:
             print(f"- auto takes {loss:.0%} longer than that at N {n}")
     for n in {min(seconds), max(seconds)} if seconds else ():
-        more, router = (seconds[n]["malora auto"] - seconds[n][name] for name in ("lora", "malora split"))
-        print(f"- at N {n} the float32 router makes {router / more:.0%} of what auto takes beyond LoRA")
+        more = seconds[n]["float32 router"] / seconds[n]["malora auto"]
+        print(f"- at N {n} a router in float32 would make a step {more:.2f} times as long")
 
 
 def print_sensitivity(cluster: Cluster, model: Model, job: Job, experts: int, gpus: int, tokens: int) -> None:
@@ -183,9 +183,9 @@ def draw(file: Path, strong: Runs, experts: Runs, titles: Sequence[str]) -> None
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     styles = {"lora": "k-", "molora x-wide": "C3s-", "malora all_to_all": "C1o-", "malora gather": "C2^-"}
-    styles |= {"malora auto": "C0x--", "malora split": "C4:"}
+    styles |= {"malora auto": "C0x--", "float32 router": "C4:"}
     for name, style in styles.items():
-        label = f"{name} (not implemented)" if name == "malora split" else name
+        label = f"malora auto, {name}" if name == "float32 router" else name
         seconds = [(gpus, run.times.total) for gpus, runs in strong.items() if (run := runs[name]) is not None]
         ratios = [(n, value) for n, runs in experts.items() if (value := ratio(runs, name)) is not None]
         for axis, points in ((left, seconds), (right, ratios)):

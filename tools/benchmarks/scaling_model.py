@@ -45,18 +45,18 @@ class Pass(NamedTuple):
 
 
 def input_ops(method: Method, linear: Linear, tokens: float, tp: int) -> Pass:
-    """Before dispatch, the adapters of one linear stacked: S_A (or A) in bfloat16, the router in float32.
+    """Before dispatch, the adapters of one linear stacked: S_A (or A) and three bfloat16 parts of the router.
 
-    Forward reads x; for the router it writes a float32 copy and reads that. Backward reads x for the weights' gradients
-    (and copies it again), writes the gradient of x, which for the router starts in float32, and adds it to the base's.
-    Logits, softmax and top-k pass over [T, N] four times forward and six times backward.
+    Forward reads x. Backward reads x for the weights' gradients, writes the gradient of x, and adds it to the base's.
+    Logits, softmax and top-k pass over [T, N] four times forward and six times backward. A router in float32 writes a
+    float32 copy of x and reads that, forward and backward, and its gradient of x starts in float32.
 
     Args:
         tokens: T / TP.
     """
     spec, n, adapters = method.spec, linear.in_features, len(linear.shapes(method.spec, 1))
     width, experts = adapters * project_width(spec), adapters * spec.num_experts if spec.is_mixture else 0
-    stacked, stacked_back = (3 * experts, 4 * experts) if method.split_router else (0, 0)
+    stacked, stacked_back = (0, 0) if method.float32_router else (3 * experts, 4 * experts)
     forward, backward = [], []
     if width + stacked:
         forward.append(Op(2 * tokens * n * (width + stacked), tokens * n * BF16, 1))
@@ -65,7 +65,7 @@ def input_ops(method: Method, linear: Linear, tokens: float, tp: int) -> Pass:
         gates = tokens * (tp if linear.is_column else 1) * experts * FP32
         forward.append(Op(0, 4 * gates, 4))
         backward.append(Op(0, 6 * gates, 6))
-    if experts and not method.split_router:
+    if experts and method.float32_router:
         forward.append(Op(2 * tokens * n * experts, tokens * n * (BF16 + 2 * FP32), 2, is_float32=True))
         backward.append(Op(4 * tokens * n * experts, tokens * n * (3 * BF16 + 4 * FP32), 5, is_float32=True))
     return Pass(forward, backward)

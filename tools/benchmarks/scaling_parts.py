@@ -65,16 +65,16 @@ class Method:
 
     Attributes:
         token_dispatch: the usual form of a mixture, always sorted by expert; else the cheaper of the two forms.
-        split_router: what if the router were three bfloat16 parts that sum to it, multiplied in the pass that
-            multiplies S_A and summed in float32? The product is as exact, on tensor cores, with no copy of x. Not
-            implemented. Backward splits the gradient of the logits for the weights' gradient, not for that of x.
+        float32_router: what if x were copied to float32 for the router and multiplied there, as is usual? Else the
+            router is three bfloat16 parts in the product that reads x for S_A, malora_dist/adapters/compute.py:
+            backward splits the gradient of the logits for the weights' gradient, not for that of x.
     """
 
     name: str
     spec: AdapterSpec
     dispatch: str
     token_dispatch: bool = False
-    split_router: bool = False
+    float32_router: bool = False
 
 
 @dataclass(frozen=True)

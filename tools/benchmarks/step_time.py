@@ -2,12 +2,13 @@
 
     python tools/benchmarks/step_time.py
     python tools/benchmarks/step_time.py --device cuda --bf16 --shape llama3-8b --layers 2 --tokens 8192
-    python tools/benchmarks/step_time.py --experts 8,64,512 --hidden 4096
+    python tools/benchmarks/step_time.py --experts 8,512 --shape llama3-8b --vocab 1024 --tokens 8192 --compute grouped
     python tools/benchmarks/step_time.py --forms
 
 A step is Trainer.train_step: forward, backward, gradient clipping and the optimizer, of a random Llama with Llama 2's
 proportions or a released model's layers. The trainers of all methods are in memory at once and take turns; ratios are
-formed round by round. MoLoRA runs as usual, tokens sorted by expert (``molora``), and in the gated block form.
+formed round by round. MoLoRA runs in three forms: the usual token dispatch, in FastMoE's order of operations
+(``molora``, see usual_dispatch.py); our grouped form, which is that without its avoidable passes; and the gated block.
 
 Two floors stand beside a ratio: that of the whole step, from flops.py (frozen linears, attention, output layer and
 adapters, forward and backward), and that of one square linear of the hidden size, which for MALoRA's gated block is
@@ -40,6 +41,7 @@ from flops import Form, projection_widths, square_macs, step_flops
 from forms import measure_forms, now
 from models import SHAPES, Inputs, build_trainer, llama_config, llama_like, peak_memory, spawn, write_inputs
 from transformers import LlamaConfig
+from usual_dispatch import dispatch_as_usual
 
 from malora_dist.adapters.budget import trainable_parameters
 from malora_dist.adapters.compute import choose_expert_compute
@@ -52,9 +54,12 @@ METHODS = {
     "lora": ["method=lora"],
     "asymmetric_lora": ["method=asymmetric_lora"],
     "molora": ["method=molora", "expert_compute=grouped"],
+    "molora_grouped": ["method=molora", "expert_compute=grouped"],
     "molora_gated_block": ["method=molora", "expert_compute=gated_block"],
     "malora": ["method=malora"],
 }
+MOLORA = ("molora", "molora_grouped", "molora_gated_block")
+USUAL = "molora"  # the one that gets dispatch_as_usual
 FORMS: tuple[Form, ...] = ("gated_block", "grouped")
 
 
@@ -122,6 +127,8 @@ class Bench:
             for name, keys in runs.items():
                 first = next(iter(trainers.values()), None)
                 trainers[name] = build_trainer(self.overrides(keys), first and first.topology)
+                if name == USUAL:
+                    dispatch_as_usual(trainers[name])
             optimizers = {name: Stopwatch(t.trained.optimizer.step, self.device) for name, t in trainers.items()}
             for name, trainer in trainers.items():
                 trainer.trained.optimizer.step = optimizers[name]
@@ -137,9 +144,11 @@ class Bench:
 class MemoryProbe:
     """Lives in a process of its own."""
 
-    def peak_bytes(self, overrides: list[str]) -> int:
+    def peak_bytes(self, overrides: list[str], as_usual: bool) -> int:
         """Bytes that two steps need above the built model: activations, gradients, optimizer state, workspaces."""
         trainer = build_trainer(overrides)
+        if as_usual:
+            dispatch_as_usual(trainer)
         return peak_memory(lambda: [trainer.train_step() for _ in range(2)], trainer.topology.device)
 
 
@@ -170,9 +179,9 @@ def compare_methods(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         }
         if args.memory:
             with spawn(MemoryProbe, 1, args.threads) as probe:
-                (figures[name]["peak_bytes"],) = probe.call("peak_bytes", bench.overrides(keys))
-    figures["molora"]["to_malora"] = ratios(seconds["molora"].step, seconds["malora"].step)
-    figures["molora_gated_block"]["to_malora"] = ratios(seconds["molora_gated_block"].step, seconds["malora"].step)
+                (figures[name]["peak_bytes"],) = probe.call("peak_bytes", bench.overrides(keys), name == USUAL)
+    for name in MOLORA:
+        figures[name]["to_malora"] = ratios(seconds[name].step, seconds["malora"].step)
     return figures
 
 
@@ -206,9 +215,8 @@ def print_methods(figures: Mapping[str, Any]) -> dict[str, float]:
     keys = {
         "malora/lora": malora["to_lora"]["median"],
         "floor": malora["floor"],
-        "molora/malora": figures["molora"]["to_malora"]["median"],
-        "molora_gated_block/malora": figures["molora_gated_block"]["to_malora"]["median"],
     }
+    keys |= {f"{name}/malora": figures[name]["to_malora"]["median"] for name in MOLORA}
     if "peak_bytes" in malora:
         keys["memory_malora/lora"] = malora["peak_bytes"] / figures["lora"]["peak_bytes"]
     return keys
@@ -222,15 +230,16 @@ def compare_experts(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
         common = ["method=malora", f"fuse_projections={str(fused).lower()}"]
         runs = {
             (form, n): [*common, f"num_lora_experts={n}", f"expert_compute={form}"]
-            for form in FORMS
+            for form in args.compute
             for n in args.experts
         }
         seconds = bench.step_seconds({f"{form} {n}": keys for (form, n), keys in runs.items()}, args.rounds)
-        for row in ("gated_block", "grouped", "auto"):
+        for row in (*args.compute, *(("auto",) if len(args.compute) == len(FORMS) else ())):
             of_n = {}
             for n in args.experts:
-                spec = load_config(None, runs["grouped", n])
-                chosen = {m: form_of(load_config(None, runs["grouped", m]), row, bench.device) for m in (first, n)}
+                configs = {m: load_config(None, runs[args.compute[0], m]) for m in (first, n)}
+                spec = configs[n]
+                chosen = {m: form_of(config, row, bench.device) for m, config in configs.items()}
                 own, least = seconds[f"{chosen[n]} {n}"], seconds[f"{chosen[first]} {first}"]
                 parameters = trainable_parameters(spec, projection_widths(bench.hf), bench.hf.num_hidden_layers)
                 of_n[n] = {
@@ -287,6 +296,15 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def names(text: str) -> list[str]:
+    """Of a comma-separated list of forms.
+
+    Raises:
+        ValueError: no such form.
+    """
+    return [FORMS[FORMS.index(part)] for part in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -295,7 +313,7 @@ def parse() -> argparse.Namespace:
         "--shape", choices=SHAPES, help="layers and vocabulary of a released model, instead of --hidden"
     )
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--vocab", type=int, default=1024, help="with --hidden (default: %(default)s)")
+    parser.add_argument("--vocab", type=int, help="default: the shape's, or 1024")
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=1024, help="of a step (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="steps of every method after one of warm-up")
@@ -304,6 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bf16", action="store_true", help="frozen base and computation in bfloat16")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
     parser.add_argument("--experts", type=numbers, help="step time over these N instead")
+    parser.add_argument("--compute", type=names, default=FORMS, help="with --experts: which forms (default: both)")
     parser.add_argument("--forms", action="store_true", help="crossover of the two forms of one adapter instead")
     parser.add_argument("--output", type=Path, help="another JSON file to write")
     args = parser.parse_args()
@@ -317,8 +336,9 @@ def parse() -> argparse.Namespace:
 def models_of(args: argparse.Namespace) -> dict[str, LlamaConfig]:
     """{label: the Llama} to measure."""
     if args.shape:
-        return {args.shape: llama_config(layers=args.layers, **SHAPES[args.shape])}
-    return {str(hidden): llama_like(hidden, args.layers, args.vocab) for hidden in args.hidden}
+        shape = SHAPES[args.shape] | ({"vocab": args.vocab} if args.vocab else {})
+        return {args.shape: llama_config(layers=args.layers, **shape)}
+    return {str(hidden): llama_like(hidden, args.layers, args.vocab or 1024) for hidden in args.hidden}
 
 
 def measure_model(hf: LlamaConfig, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
