@@ -157,10 +157,14 @@ def test_project_and_score() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_router_stays_float32_on_a_narrow_input(dtype: torch.dtype) -> None:
+    check_narrow_input(dtype, torch.device("cpu"))
+
+
+def check_narrow_input(dtype: torch.dtype, device: torch.device) -> None:
     """Logits and the router's gradient to float32's rounding, 500 times below bfloat16's; z and dx to x's own."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 256, generator=g).to(dtype).requires_grad_()
-    down, router = (torch.randn(n, 256, generator=g).requires_grad_() for n in (3, 5))
+    x = torch.randn(64, 256, generator=g).to(device, dtype).requires_grad_()
+    down, router = (torch.randn(n, 256, generator=g).to(device).requires_grad_() for n in (3, 5))
     exact = [t.detach().double().requires_grad_() for t in (x, down, router)]
     outputs = project_and_score(x, down, router), (exact[0] @ exact[1].T, exact[0] @ exact[2].T)
     assert [t.dtype for t in outputs[0]] == [dtype, torch.float32]

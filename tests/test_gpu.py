@@ -47,6 +47,13 @@ def test_real_fmoe_agrees_with_the_local_dispatcher() -> None:
         layout.destroy()
 
 
+def test_the_router_in_bfloat16_parts_is_float32() -> None:
+    """The kernel that sums bfloat16 products in float32 is CUDA's alone."""
+    from tests.test_compute import check_narrow_input
+
+    check_narrow_input(torch.bfloat16, torch.device("cuda", 0))
+
+
 @pytest.mark.parametrize("form", ["gated_block", "grouped"])
 def test_experts_at_hand_never_wait_for_the_gpu(form: str) -> None:
     """Forward and backward in bfloat16; torch raises at the first operation that would synchronise."""
