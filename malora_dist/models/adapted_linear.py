@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from malora_dist.adapters import maths
 from malora_dist.adapters.compute import Columns, add_experts, add_rows, add_up, project_and_score
 from malora_dist.dispatch.base import DispatchedTokens, Returning
 from malora_dist.models.adapter import Adapter, AdapterSettings, Style
+from malora_dist.models.fused_columns import Run, columns_of, runs_of
 
 #: Adds the adapters' outputs to the base linear's, in place.
 Add = Callable[[Tensor], Tensor]
@@ -80,8 +81,8 @@ class LinearAdapters(torch.nn.ModuleDict):
         self._gathered = settings.plan.gathered if self._dispatcher.name == "gather_experts" else None
         if self._gathered is not None:
             self._gathered.add(layer_number, [p for adapter in self._list for p in adapter.expert_parameters])
-        columns = _columns(widths, groups, self._tp if style == "column" else 1)
-        self._runs = [_runs(adapter.projections, columns) for adapter in self._list]
+        columns = columns_of(widths, groups, self._tp if style == "column" else 1)
+        self._runs = [runs_of(adapter.projections, columns) for adapter in self._list]
 
     @property
     def _list(self) -> list[Adapter]:
@@ -226,10 +227,7 @@ class LinearAdapters(torch.nn.ModuleDict):
 
     def _up(self, adapter: Adapter, run: Run) -> Tensor:
         """B of a run's projections, rows in the order of its columns. [E, M, R], LoRA: [M, R]"""
-        ups = [self._weight(adapter.up(projection)) for projection in run.projections]
-        if len(ups) == 1:
-            return ups[0]
-        return torch.cat([up.unflatten(-2, (run.groups, -1)) for up in ups], dim=-2).flatten(-3, -2)
+        return run.stack([self._weight(adapter.up(projection)) for projection in run.projections])
 
     def _all_up(self, adapter: Adapter, runs: Sequence[Run]) -> Tensor:
         """B of all projections of the adapter, run after run. [E, M, R]"""
@@ -314,53 +312,6 @@ class LinearAdapters(torch.nn.ModuleDict):
             assert isinstance(adapter, Adapter)
             sharded.update(adapter.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata))
         return sharded
-
-
-def _columns(widths: dict[str, tuple[int, int]], groups: int, tp: int) -> dict[str, Columns]:
-    """Where the outputs of a linear's projections lie in its fused output on one TP rank.
-
-    Args:
-        widths, groups: see :class:`LinearAdapters`.
-        tp: ranks the output is sharded over.
-    """
-    groups = max(groups // tp, 1)
-    columns, start = {}, 0
-    for projection, (_, out_features) in widths.items():
-        width = out_features // tp // groups
-        columns[projection] = Columns(groups, start, width)
-        start += width
-    return columns
-
-
-class Run(NamedTuple):
-    """Projections of one adapter whose columns of the fused output are adjacent: computed together.
-
-    Attributes:
-        projections: in fused order.
-        groups: equal parts of the output, in each of which the projections lie one after the other.
-        columns: all of theirs.
-    """
-
-    projections: tuple[str, ...]
-    groups: int
-    columns: Columns
-
-
-def _runs(projections: Sequence[str], columns: dict[str, Columns]) -> list[Run]:
-    """The fewest runs of an adapter's projections."""
-    runs: list[Run] = []
-    for projection in projections:
-        own, last = columns[projection], runs[-1] if runs else None
-        if last is not None and last.columns.start + last.columns.width == own.start:
-            joined = last.columns._replace(width=last.columns.width + own.width)
-            runs[-1] = Run((*last.projections, projection), own.groups, joined)
-        else:
-            runs.append(Run((projection,), own.groups, own))
-    whole = sum(own.groups * own.width for own in columns.values())
-    return [
-        run._replace(columns=Columns(1, 0, whole)) if run.columns.groups * run.columns.width == whole else run
-        for run in runs
-    ]
 
 
 ADAPTERS = "adapters"

@@ -174,7 +174,8 @@ def resident(field: str) -> int:
 def peak_memory(run: Callable[[], object], device: torch.device) -> int:
     """Bytes held at the highest point of ``run``, above what was held before it.
 
-    On a CPU resident memory, which includes what the allocator keeps of freed tensors: measure in a fresh process.
+    On a CPU resident memory, which includes what the allocator keeps of freed tensors: measure in a process from
+    ``spawn(..., for_memory=True)``.
     """
     gc.collect()
     if device.type == "cuda":
@@ -223,16 +224,20 @@ class Processes:
 
 
 @contextlib.contextmanager
-def spawn(worker: Callable[[], Any], processes: int, threads: int = 1) -> Iterator[Processes]:
+def spawn(worker: Callable[[], Any], processes: int, threads: int = 1, for_memory: bool = False) -> Iterator[Processes]:
     """Start processes in which torch.distributed finds its rendezvous, and make an object in each.
 
     Args:
         worker: a class (or function) of a module's top level that makes the object.
         threads: of torch in each process.
+        for_memory: glibc returns freed blocks of 128 KB and more at once. That is its default until it meets larger
+            ones; what it then keeps varies by a fifth from run to run.
 
     Raises:
         RuntimeError: the object could not be made.
     """
+    if for_memory:  # children inherit it; this process has read it already
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(128 << 10)
     context = multiprocessing.get_context("spawn")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -178,7 +178,7 @@ def compare_methods(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
             "flop_per_second": bench.floor(keys) / summary(seconds[name].step)["median"],
         }
         if args.memory:
-            with spawn(MemoryProbe, 1, args.threads) as probe:
+            with spawn(MemoryProbe, 1, args.threads, for_memory=True) as probe:
                 (figures[name]["peak_bytes"],) = probe.call("peak_bytes", bench.overrides(keys), name == USUAL)
     for name in MOLORA:
         figures[name]["to_malora"] = ratios(seconds[name].step, seconds["malora"].step)
