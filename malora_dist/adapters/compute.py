@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: What moving one slot's rows costs, in inner values: see :func:`choose_expert_compute`.
-SLOT_COST_CPU = 140
+SLOT_COST_CPU = 125
 SLOT_COST_CUDA = 350
 
 
@@ -50,7 +50,7 @@ def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: 
 
         E * R <= K * (R + C)
 
-    C is the middle of what tools/benchmarks/step_time.py --forms found on a CPU (69 to 189), and a
+    C is the median of what tools/benchmarks/step_time.py --forms found on two CPUs (30 to 189), and a
     guess from the FLOP rate and the bandwidth of an H100 on a GPU.
 
     Args:
