@@ -10,8 +10,8 @@ Five contenders train on the same random Llama and the same samples, adapters on
 - tuner: malora_dist.hf, MALoRA with 8 experts, top-2, in the same loop
 - trainer: malora_dist.train's Trainer on megatron-core, the same MALoRA, one process
 
-Half of the positions have a loss (`--answers`), the others are prompt: of gsm8k's 58% are answers, of Code Alpaca's 47%,
-of the commonsense sets 6 to 9%. The trainer makes no logits for prompts, Hugging Face's models make all.
+Half of the positions have a loss (`--answers`), the others are prompt: of gsm8k's tokens 58% are answers, of Code
+Alpaca's 47%, of the commonsense sets' 6 to 9%. The trainer makes no logits for prompts, Hugging Face's models make all.
 `--vocab 1024 --answers 1` takes that away and leaves the adapters.
 
 Alike for all: float32, scaled_dot_product_attention, no padding, no dropout, no gradient checkpointing, one microbatch
