@@ -63,7 +63,7 @@ def fast(spec: AdapterSpec, columns: Columns, form: str) -> Callable[..., Tensor
         base = y * 1
         result = add_experts(
             form, base, z, routing.gates_TK.to(torch.promote_types(z.dtype, torch.float32)),
-            routing.experts_TK, P, B, spec.scaling, columns,
+            routing.experts_TK, P, [B], spec.scaling, columns,
         )  # fmt: skip
         assert result.data_ptr() == base.data_ptr(), "added in place"
         return result
@@ -110,7 +110,15 @@ def test_an_expert_without_tokens_and_no_tokens_at_all(form: str) -> None:
         B = torch.randn(3, 8, 2, requires_grad=True)
         experts = torch.ones(rows, 1, dtype=torch.int64)
         y = add_experts(
-            form, torch.zeros(rows, 8), torch.randn(rows, 3), torch.ones(rows, 1), experts, P, B, 1.0, Columns(1, 0, 8)
+            form,
+            torch.zeros(rows, 8),
+            torch.randn(rows, 3),
+            torch.ones(rows, 1),
+            experts,
+            P,
+            [B],
+            1.0,
+            Columns(1, 0, 8),
         )
         y.sum().backward()
         for parameter in (P, B):
@@ -231,7 +239,7 @@ def test_autograd_keeps_z_gates_and_numbers_only(form: str) -> None:
         routing = maths.route(logits, 2, True)
         y = torch.zeros(tokens, width)
         add_experts(
-            form, y, z, routing.gates_TK, routing.experts_TK, params["P"], params["B"], 1.0, Columns(1, 0, width)
+            form, y, z, routing.gates_TK, routing.experts_TK, params["P"], [params["B"]], 1.0, Columns(1, 0, width)
         )
     del kept[x.untyped_storage().data_ptr()]  # the linear's own input, not a copy
     per_token = sorted(t.numel() // tokens for t in kept.values() if t.shape[:1] == (tokens,))
@@ -253,7 +261,7 @@ def test_torch_compile_traces_it_whole(form: str, dtype: torch.dtype) -> None:
         z, logits = project_and_score(x, down, router)
         routing = maths.route(logits, 2, True)
         y = torch.nn.functional.linear(x, weight)
-        return add_experts(form, y, z, routing.gates_TK, routing.experts_TK, P, B, 1.0, Columns(1, 0, 16))
+        return add_experts(form, y, z, routing.gates_TK, routing.experts_TK, P, [B], 1.0, Columns(1, 0, 16))
 
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
@@ -266,6 +274,35 @@ def test_torch_compile_traces_it_whole(form: str, dtype: torch.dtype) -> None:
         results.append([t.grad for t in given])
     for eager, compiled in zip(*results, strict=True):
         assert (compiled - eager).abs().max() <= (1e-5 if dtype == torch.float32 else 3e-2) * eager.abs().max()
+
+
+@pytest.mark.parametrize("form", ["gated_block", "grouped"])
+def test_adjacent_projections_together(form: str) -> None:
+    """As one after the other; kept for backward are their own B, not a copy side by side."""
+    spec = AdapterSpec(num_lora_experts=4, lora_rank=2, shared_dim=3, rank_expansion=1.0)
+    given = inputs(spec, 4)
+    B2 = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    routing = maths.route(given["logits"].detach(), 2, True)
+    before = routing.gates_TK, routing.experts_TK, given["P"]
+    apart = [([given["B"]], Columns(2, 0, 2)), ([B2], Columns(2, 2, 1))]  # two groups of [2 | 1 | 3 columns of others]
+    together = [([given["B"], B2], Columns(2, 0, 3))]
+    leaves, results, kept = [given["z"], given["P"], given["B"], B2], [], set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    for calls in (apart, together):
+        kept.clear()
+        y = given["y"] * 1
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            for ups, columns in calls:
+                y = add_experts(form, y, given["z"], *before, ups, spec.scaling, columns, 2)
+        results.append([y.detach(), *torch.autograd.grad(y.cos().sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+    assert {t.untyped_storage().data_ptr() for t in leaves} <= kept
+    assert len(kept) == len(leaves) + 2  # gates and expert numbers
 
 
 def test_an_unknown_form_is_no_form() -> None:

@@ -72,7 +72,7 @@ def test_experts_at_hand_never_wait_for_the_gpu(form: str) -> None:
         routing = maths.route(logits, 2, True)
         y = torch.zeros(33, 32, device=device, dtype=torch.bfloat16)
         gates, experts = routing.gates_TK, routing.experts_TK
-        y = add_experts(form, y, z, gates, experts, params["P"], params["B"], 1.0, Columns(1, 0, 32))
+        y = add_experts(form, y, z, gates, experts, params["P"], [params["B"]], 1.0, Columns(1, 0, 32))
         y.square().sum().backward()
 
     step()  # what is set up once may wait

@@ -9,6 +9,7 @@ U all inner values of the experts at hand, E * R; F width of the base linear's o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 #: What moving one slot's rows costs, in inner values: see :func:`choose_expert_compute`.
-SLOT_COST_CPU = 125
+SLOT_COST_CPU = 110
 SLOT_COST_CUDA = 350
 
 
@@ -50,7 +51,7 @@ def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: 
 
         E * R <= K * (R + C)
 
-    C is the median of what tools/benchmarks/step_time.py --forms found on two CPUs (30 to 189), and a
+    C is the median of what tools/benchmarks/step_time.py --forms found on two CPUs (36 to 189), and a
     guess from the FLOP rate and the bandwidth of an H100 on a GPU.
 
     Args:
@@ -187,12 +188,14 @@ class _GatedBlock(torch.autograd.Function):
         gates_TK: Tensor,
         experts_TK: Tensor,
         down_ERZ: Tensor,
-        up_EMR: Tensor,
         scaling: float,
         columns: Columns,
+        groups: int,
+        *ups_EMR: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR)
-        ctx.scaling, ctx.columns = scaling, columns
+        ctx.save_for_backward(z_TZ, gates_TK, experts_TK, down_ERZ, *ups_EMR)
+        ctx.scaling, ctx.columns, ctx.groups = scaling, columns, groups
+        up_EMR = stack_ups(ups_EMR, groups)
         gates_TE1 = _gate_block(z_TZ, gates_TK, experts_TK, down_ERZ.shape[0], scaling)
         u_TER = F.linear(z_TZ, down_ERZ.to(z_TZ.dtype).flatten(0, 1)).view(-1, *down_ERZ.shape[:2]) * gates_TE1
         _add_product(y, columns, u_TER.flatten(1), _stacked_up(up_EMR, z_TZ.dtype))
@@ -201,7 +204,8 @@ class _GatedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR = ctx.saved_tensors
+        z_TZ, gates_TK, experts_TK, down_ERZ, *ups_EMR = ctx.saved_tensors
+        up_EMR = stack_ups(ups_EMR, ctx.groups)
         num_experts, rank, _ = down_ERZ.shape
         down_UZ = down_ERZ.to(z_TZ.dtype).flatten(0, 1)
         dy_TM = _columns_of_grad(ctx.columns, dy)
@@ -215,7 +219,26 @@ class _GatedBlock(torch.autograd.Function):
         d_inner_TU = (du_TER * gates_TE1).flatten(1)
         d_down = (d_inner_TU.t() @ z_TZ).view_as(down_ERZ).to(down_ERZ.dtype)
         dz = d_inner_TU @ down_UZ if ctx.needs_input_grad[1] else None
-        return dy, dz, d_gates, None, d_down, d_up, None, None
+        return dy, dz, d_gates, None, d_down, None, None, None, *_unstacked(d_up, ups_EMR, ctx.groups)
+
+
+def stack_ups(ups_EMR: Sequence[Tensor], groups: int) -> Tensor:
+    """B of several projections, [E, M, R] or [M, R] each, as one whose rows are in the order of a fused output.
+
+    Args:
+        groups: equal parts of the output, in each of which the projections lie one after the other.
+    """
+    if len(ups_EMR) == 1:
+        return ups_EMR[0]
+    return torch.cat([up.unflatten(-2, (groups, -1)) for up in ups_EMR], dim=-2).flatten(-3, -2)
+
+
+def _unstacked(d_up_EMR: Tensor, ups_EMR: Sequence[Tensor], groups: int) -> list[Tensor]:
+    """The inverse, of the gradient."""
+    if len(ups_EMR) == 1:
+        return [d_up_EMR]
+    parts = d_up_EMR.unflatten(-2, (groups, -1)).split([up.shape[-2] // groups for up in ups_EMR], dim=-2)
+    return [part.flatten(-3, -2) for part in parts]
 
 
 def _gate_block(z_TZ: Tensor, gates_TK: Tensor, experts_TK: Tensor, num_experts: int, scaling: float) -> Tensor:
@@ -240,12 +263,14 @@ class _Grouped(torch.autograd.Function):
         gates_TK: Tensor,
         experts_TK: Tensor,
         down_ERZ: Tensor,
-        up_EMR: Tensor,
         scaling: float,
         columns: Columns,
+        groups: int,
+        *ups_EMR: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR)
-        ctx.scaling, ctx.columns = scaling, columns
+        ctx.save_for_backward(z_TZ, gates_TK, experts_TK, down_ERZ, *ups_EMR)
+        ctx.scaling, ctx.columns, ctx.groups = scaling, columns, groups
+        up_EMR = stack_ups(ups_EMR, groups)
         token_S, order_S, ends_E = _sorted_slots(experts_TK, down_ERZ.shape[0])
         z_TZ, down_ERZ, up_EMR = _padded(z_TZ, down_ERZ, up_EMR)
         gates_S1 = (gates_TK.flatten()[order_S] * scaling).to(z_TZ.dtype).unsqueeze(-1)
@@ -258,7 +283,8 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR = ctx.saved_tensors
+        z_TZ, gates_TK, experts_TK, down_ERZ, *ups_EMR = ctx.saved_tensors
+        up_EMR = stack_ups(ups_EMR, ctx.groups)
         _, rank, width = down_ERZ.shape
         kinds = down_ERZ.dtype, up_EMR.dtype
         token_S, order_S, ends_E = _sorted_slots(experts_TK, down_ERZ.shape[0])
@@ -276,7 +302,7 @@ class _Grouped(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows_SZ = _grouped_mm(d_inner_SR, down_ERZ, ends_E)
             dz = torch.zeros_like(z_TZ).index_add_(0, token_S, rows_SZ)[:, :width]
-        return dy, dz, d_gates, None, d_down, d_up, None, None
+        return dy, dz, d_gates, None, d_down, None, None, None, *_unstacked(d_up, ups_EMR, ctx.groups)
 
 
 def _sorted_slots(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -334,9 +360,10 @@ def add_experts(
     gates_TK: Tensor,
     experts_TK: Tensor,
     down_ERZ: Tensor,
-    up_EMR: Tensor,
+    ups_EMR: Sequence[Tensor],
     scaling: float,
     columns: Columns,
+    groups: int = 1,
 ) -> Tensor:
     """The chosen experts' gate-weighted sum, added in place to the columns of y; returns y.
 
@@ -349,7 +376,8 @@ def add_experts(
         gates_TK, experts_TK: kept gates and the experts' numbers among those at hand, int64; the
             same expert may not stand twice in a row.
         down_ERZ: P (MALoRA) or A (MoLoRA).
-        up_EMR: B.
+        ups_EMR: B of each projection that the columns belong to.
+        groups: see :func:`stack_ups`; of one projection it does not matter.
 
     Raises:
         KeyError: no such form.
@@ -360,7 +388,7 @@ def add_experts(
         if torch.compiler.is_compiling() and z_TZ.dtype != torch.bfloat16:
             expert_compute = "gated_block"  # torch.compile knows grouped_mm in bfloat16 only
     form = {"grouped": _Grouped, "gated_block": _GatedBlock}[expert_compute]
-    return form.apply(y, z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR, scaling, columns)
+    return form.apply(y, z_TZ, gates_TK, experts_TK, down_ERZ, scaling, columns, groups, *ups_EMR)
 
 
 class _AddRows(torch.autograd.Function):

@@ -97,7 +97,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
                 routing.gates_TK,
                 routing.experts_TK,
                 params["P" if config.method == "malora" else "A"],
-                params["B"],
+                [params["B"]],
                 config.scaling,
                 Columns(1, 0, result.shape[-1]),
             )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from malora_dist.adapters import maths
-from malora_dist.adapters.compute import Columns, add_experts, add_rows, add_up, project_and_score
+from malora_dist.adapters.compute import Columns, add_experts, add_rows, add_up, project_and_score, stack_ups
 from malora_dist.dispatch.base import DispatchedTokens, Returning
 from malora_dist.models.adapter import Adapter, AdapterSettings, Style
 from malora_dist.models.fused_columns import Run, columns_of, runs_of
@@ -108,9 +109,10 @@ class LinearAdapters(torch.nn.ModuleDict):
             return partial(self._add_local, tokens)
         returning = []
         for adapter, runs, arrived in zip(self._list, self._runs, tokens, strict=True):
-            up_EMR = self._all_up(adapter, runs)
-            y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], up_EMR.shape[1])
-            y_WM = self._compute(adapter, y_WM, arrived, up_EMR, Columns(1, 0, y_WM.shape[1]))
+            widths = [run.columns.groups * run.columns.width for run in runs]
+            y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], sum(widths))
+            for run, start, width in zip(runs, accumulate(widths, initial=0), widths, strict=False):
+                y_WM = self._compute(adapter, y_WM, arrived, run, Columns(1, start, width))
             returning.append(self._dispatcher.send_back(y_WM, arrived))
         return partial(self._add_returned, returning)
 
@@ -225,18 +227,12 @@ class LinearAdapters(torch.nn.ModuleDict):
     def _down(self, adapter: Adapter) -> Tensor:
         return self._weight(adapter.get_parameter("P" if self._spec.method == "malora" else "A"))
 
-    def _up(self, adapter: Adapter, run: Run) -> Tensor:
-        """B of a run's projections, rows in the order of its columns. [E, M, R], LoRA: [M, R]"""
-        return run.stack([self._weight(adapter.up(projection)) for projection in run.projections])
+    def _ups(self, adapter: Adapter, run: Run) -> list[Tensor]:
+        """B of each of a run's projections. [E, M, R], LoRA: [M, R]"""
+        return [self._weight(adapter.up(projection)) for projection in run.projections]
 
-    def _all_up(self, adapter: Adapter, runs: Sequence[Run]) -> Tensor:
-        """B of all projections of the adapter, run after run. [E, M, R]"""
-        ups = [self._up(adapter, run) for run in runs]
-        return ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
-
-    def _compute(
-        self, adapter: Adapter, y: Tensor, tokens: DispatchedTokens, up_EMR: Tensor, columns: Columns
-    ) -> Tensor:
+    def _compute(self, adapter: Adapter, y: Tensor, tokens: DispatchedTokens, run: Run, columns: Columns) -> Tensor:
+        """Add a run's part of the experts' outputs to these columns of y."""
         return add_experts(
             self._settings.expert_compute,
             y,
@@ -244,9 +240,10 @@ class LinearAdapters(torch.nn.ModuleDict):
             tokens.gates_WJ,
             tokens.experts_WJ,
             self._down(adapter),
-            up_EMR,
+            self._ups(adapter, run),
             self._spec.scaling,
             columns,
+            run.groups,
         )
 
     def _send_input_across(self, x_TI: Tensor) -> list[Returning]:
@@ -279,7 +276,8 @@ class LinearAdapters(torch.nn.ModuleDict):
             u_WU = maths.expert_down(spec, params, tokens.rows_WZ, gates_WE)
             cross = dispatcher.gather if column else dispatcher.reduce_scatter
             u_WU, tokens = cross(u_WU, tokens, experts_TAK[:, i], self._tp_group)
-            returning.append(dispatcher.send_back(maths.expert_up(self._all_up(adapter, runs), u_WU), tokens))
+            outputs = [maths.expert_up(stack_ups(self._ups(adapter, run), run.groups), u_WU) for run in runs]
+            returning.append(dispatcher.send_back(torch.cat(outputs, dim=-1), tokens))
         return returning
 
     # ---- the sum with the base output
@@ -287,13 +285,14 @@ class LinearAdapters(torch.nn.ModuleDict):
     def _add_lora(self, z_TY: Tensor, y: Tensor) -> Tensor:
         for adapter, runs, z_TZ in zip(self._list, self._runs, z_TY.chunk(len(self), dim=-1), strict=True):
             for run in runs:
-                y = add_up(y, z_TZ, self._up(adapter, run), self._spec.scaling, run.columns)
+                up = stack_ups(self._ups(adapter, run), run.groups)
+                y = add_up(y, z_TZ, up, self._spec.scaling, run.columns)
         return y
 
     def _add_local(self, tokens: Sequence[DispatchedTokens], y: Tensor) -> Tensor:
         for adapter, runs, own in zip(self._list, self._runs, tokens, strict=True):
             for run in runs:
-                y = self._compute(adapter, y, own, self._up(adapter, run), run.columns)
+                y = self._compute(adapter, y, own, run, run.columns)
         return y
 
     def _add_returned(self, returning: Sequence[Returning], y: Tensor) -> Tensor:

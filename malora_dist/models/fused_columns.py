@@ -1,17 +1,12 @@
 """Where projections lie in the output of megatron's fused linears, and which of them are computed together.
 
 qkv is interleaved by query group, [q heads | k | v] in each; gate and up lie one after the other.
-
-Shape suffixes: E experts, M output width, R rank of an expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
-
-import torch
-from torch import Tensor
 
 from malora_dist.adapters.compute import Columns
 
@@ -45,12 +40,6 @@ class Run(NamedTuple):
     projections: tuple[str, ...]
     groups: int
     columns: Columns
-
-    def stack(self, ups: Sequence[Tensor]) -> Tensor:
-        """Each projection's B, [E, M, R] or [M, R], as one whose rows are in the order of the columns."""
-        if len(ups) == 1:
-            return ups[0]
-        return torch.cat([up.unflatten(-2, (self.groups, -1)) for up in ups], dim=-2).flatten(-3, -2)
 
 
 def runs_of(projections: Sequence[str], columns: Mapping[str, Columns]) -> list[Run]:

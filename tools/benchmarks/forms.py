@@ -46,7 +46,7 @@ def make_step(
     def step() -> float:
         y_TM = torch.zeros_like(dy_TM)  # stands for the base linear's output
         began = now(device)
-        y_TM = add_experts(form, y_TM, z_TZ, gates_TK, experts_TK, down_ERZ, up_EMR, 2.0, Columns(1, 0, hidden))
+        y_TM = add_experts(form, y_TM, z_TZ, gates_TK, experts_TK, down_ERZ, [up_EMR], 2.0, Columns(1, 0, hidden))
         torch.autograd.grad(y_TM, inputs, dy_TM)
         return now(device) - began
 

@@ -83,7 +83,7 @@ class LinearWorker:
         arrived = self._arrived
         y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], self._up_EMR.shape[1])
         self._y_WM = add_experts(
-            "auto", y_WM, arrived.rows_WZ, arrived.gates_WJ, arrived.experts_WJ, self._down_ERZ, self._up_EMR, 2.0,
+            "auto", y_WM, arrived.rows_WZ, arrived.gates_WJ, arrived.experts_WJ, self._down_ERZ, [self._up_EMR], 2.0,
             self._columns,
         )  # fmt: skip
 

@@ -23,14 +23,15 @@ from malora_dist.parallel.device import without_expected_warnings
 with without_expected_warnings():  # imports megatron-core
     from malora_dist.models.adapted_linear import LinearAdapters
     from malora_dist.models.adapter import Adapter
+    from malora_dist.models.fused_columns import Run
 
 
 def _compute(
-    self: LinearAdapters, adapter: Adapter, y: Tensor, tokens: DispatchedTokens, up_EMR: Tensor, columns: Columns
+    self: LinearAdapters, adapter: Adapter, y: Tensor, tokens: DispatchedTokens, run: Run, columns: Columns
 ) -> Tensor:
     """In place of LinearAdapters._compute: y plus the experts' weighted outputs."""
     x_TI, experts_TK = tokens.rows_WZ, tokens.experts_WJ
-    down_ERI = adapter.get_parameter("A")
+    down_ERI, up_EMR = adapter.get_parameter("A"), adapter.up(*run.projections)
     experts_S, order_S = experts_TK.flatten().sort(stable=True)
     numbers_E = torch.arange(down_ERI.shape[0], device=x_TI.device)
     ends_E = torch.searchsorted(experts_S, numbers_E, right=True, out_int32=True)
