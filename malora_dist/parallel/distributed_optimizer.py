@@ -30,7 +30,7 @@ def resumable(base: Any) -> Any:
             if isinstance(optimizer, torch.optim.AdamW):
                 for shard in (p for group in self.optimizer.param_groups for p in group["params"]):
                     self.optimizer.state[shard] = {
-                        "step": torch.zeros(()),
+                        "step": torch.zeros((), device=shard.device),  # where the fused kernel reads it
                         "exp_avg": torch.zeros_like(shard, requires_grad=False),
                         "exp_avg_sq": torch.zeros_like(shard, requires_grad=False),
                     }
@@ -61,7 +61,7 @@ def resumable(base: Any) -> Any:
             shard = self.optimizer.param_groups[group]["params"][place]
             state = self.optimizer.state[shard]
             if "step" in state:  # loaded before, as one tensor for all parameters; each counts its own
-                state["step"] = state["step"].clone()
+                state["step"] = state["step"].to(shard.device, copy=True)
             super()._set_main_param_and_optimizer_states(model_param, {"param": shard, **state, **tensors})
 
     return ResumableDistributedOptimizer
