@@ -343,7 +343,9 @@ def _grouped_mm(rows_SA: Tensor, matrices_EAC: Tensor, ends_E: Tensor) -> Tensor
 def _grouped_outer(a_SA: Tensor, b_SC: Tensor, ends_E: Tensor) -> Tensor:
     """Each expert's a^T b, zero for an expert without rows. [E, A, C]"""
     if _can_group(a_SA.dtype, *a_SA.shape, b_SC.shape[1]):
-        return F.grouped_mm(a_SA.t(), b_SC, offs=ends_E)
+        # Blackwell leaves what was in memory for an expert without rows (github.com/pytorch/pytorch/issues/172439).
+        is_idle_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        return F.grouped_mm(a_SA.t(), b_SC, offs=ends_E).masked_fill_(is_idle_E.view(-1, 1, 1), 0.0)
     counts = _counts(ends_E)
     return torch.stack([a.t() @ b for a, b in zip(a_SA.split(counts), b_SC.split(counts), strict=True)])
 
