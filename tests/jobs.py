@@ -257,6 +257,7 @@ def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
         b, s = token_ids.shape
         for chunk in trainer.ddp:
             chunk.eval()
+        trainer.plan.gathered.start()
         with torch.no_grad():
             logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids)[None])
         return {"before": before, "after": after, "logits": logits}

@@ -77,7 +77,7 @@ class GatheredExperts:
                     for part, shard in zip(columns, layer.shards, strict=True)
                 ]
             layer.work = layer.gathered_RF = None
-        assert layer.full, "start() comes before the first forward of a step"
+        assert layer.full, "start() comes before the first forward of a step or an evaluation"
         return layer.full[index]
 
     def release(self) -> None:
