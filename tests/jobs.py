@@ -88,12 +88,12 @@ def train_and_record(
         sabotage: a function of tests/sabotage.py that breaks the code while the job runs.
         mixed_dispatch: ``auto`` takes gather_experts and all_to_all by turns, whatever the bytes.
     """
-    if mixed_dispatch:
-        with mock.patch(
-            "malora_dist.dispatch.factory.cheaper_dispatch", side_effect=["gather_experts", "all_to_all"] * 2
-        ):
-            return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
-    with importlib.import_module("tests.sabotage").apply(sabotage) if sabotage else contextlib.nullcontext():
+    with contextlib.ExitStack() as changes:
+        if sabotage:
+            changes.enter_context(importlib.import_module("tests.sabotage").apply(sabotage))
+        if mixed_dispatch:
+            by_turns = ["gather_experts", "all_to_all"] * 2
+            changes.enter_context(mock.patch("malora_dist.dispatch.factory.cheaper_dispatch", side_effect=by_turns))
         return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
 
 

@@ -33,6 +33,11 @@ class Columns(NamedTuple):
     start: int
     width: int
 
+    @property
+    def total(self) -> int:
+        """Columns in all groups together."""
+        return self.groups * self.width
+
     def of(self, y: Tensor) -> Tensor:
         """A view of y [..., F] as [T, width], or [T, groups, width] where there are several."""
         y_TF = y.view(-1, y.shape[-1])
@@ -51,7 +56,7 @@ def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: 
 
         E * R <= K * (R + C)
 
-    C is the median of what tools/benchmarks/step_time.py --forms found on two CPUs (36 to 189), and a
+    C is about the median of what tools/benchmarks/step_time.py --forms found on two CPUs (37 to 189), and a
     guess from the FLOP rate and the bandwidth of an H100 on a GPU.
 
     Args:
@@ -271,7 +276,7 @@ class _Grouped(torch.autograd.Function):
         ctx.save_for_backward(z_TZ, gates_TK, experts_TK, down_ERZ, *ups_EMR)
         ctx.scaling, ctx.columns, ctx.groups = scaling, columns, groups
         up_EMR = stack_ups(ups_EMR, groups)
-        token_S, order_S, ends_E = _sorted_slots(experts_TK, down_ERZ.shape[0])
+        token_S, order_S, ends_E = sorted_slots(experts_TK, down_ERZ.shape[0])
         z_TZ, down_ERZ, up_EMR = _padded(z_TZ, down_ERZ, up_EMR)
         gates_S1 = (gates_TK.flatten()[order_S] * scaling).to(z_TZ.dtype).unsqueeze(-1)
         u_SR = _grouped_mm(z_TZ[token_S], down_ERZ.transpose(1, 2), ends_E) * gates_S1
@@ -287,7 +292,7 @@ class _Grouped(torch.autograd.Function):
         up_EMR = stack_ups(ups_EMR, ctx.groups)
         _, rank, width = down_ERZ.shape
         kinds = down_ERZ.dtype, up_EMR.dtype
-        token_S, order_S, ends_E = _sorted_slots(experts_TK, down_ERZ.shape[0])
+        token_S, order_S, ends_E = sorted_slots(experts_TK, down_ERZ.shape[0])
         z_TZ, down_ERZ, up_EMR = _padded(z_TZ, down_ERZ, up_EMR)
         gates_S1 = (gates_TK.flatten()[order_S] * ctx.scaling).to(z_TZ.dtype).unsqueeze(-1)
         dy_SM, z_SZ = _columns_of_grad(ctx.columns, dy)[token_S], z_TZ[token_S]
@@ -305,7 +310,7 @@ class _Grouped(torch.autograd.Function):
         return dy, dz, d_gates, None, d_down, None, None, None, *_unstacked(d_up, ups_EMR, ctx.groups)
 
 
-def _sorted_slots(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sorted_slots(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """(token of each slot [S], its number in [T, K] order [S], end of each expert's slots [E] int32), on the device."""
     experts_S, order_S = experts_TK.flatten().sort(stable=True)
     numbers_E = torch.arange(num_experts, device=experts_TK.device)

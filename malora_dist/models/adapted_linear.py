@@ -109,7 +109,7 @@ class LinearAdapters(torch.nn.ModuleDict):
             return partial(self._add_local, tokens)
         returning = []
         for adapter, runs, arrived in zip(self._list, self._runs, tokens, strict=True):
-            widths = [run.columns.groups * run.columns.width for run in runs]
+            widths = [run.columns.total for run in runs]
             y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], sum(widths))
             for run, start, width in zip(runs, accumulate(widths, initial=0), widths, strict=False):
                 y_WM = self._compute(adapter, y_WM, arrived, run, Columns(1, start, width))
@@ -276,8 +276,8 @@ class LinearAdapters(torch.nn.ModuleDict):
             u_WU = maths.expert_down(spec, params, tokens.rows_WZ, gates_WE)
             cross = dispatcher.gather if column else dispatcher.reduce_scatter
             u_WU, tokens = cross(u_WU, tokens, experts_TAK[:, i], self._tp_group)
-            outputs = [maths.expert_up(stack_ups(self._ups(adapter, run), run.groups), u_WU) for run in runs]
-            returning.append(dispatcher.send_back(torch.cat(outputs, dim=-1), tokens))
+            up_EMR = stack_ups([stack_ups(self._ups(adapter, run), run.groups) for run in runs], groups=1)
+            returning.append(dispatcher.send_back(maths.expert_up(up_EMR, u_WU), tokens))
         return returning
 
     # ---- the sum with the base output
@@ -298,7 +298,7 @@ class LinearAdapters(torch.nn.ModuleDict):
     def _add_returned(self, returning: Sequence[Returning], y: Tensor) -> Tensor:
         for runs, wait in zip(self._runs, returning, strict=True):
             rows_SM, token_S = wait()
-            parts = rows_SM.split([run.columns.groups * run.columns.width for run in runs], dim=-1)
+            parts = rows_SM.split([run.columns.total for run in runs], dim=-1)
             for part, run in zip(parts, runs, strict=True):
                 y = add_rows(y, part, token_S, run.columns)
         return y

@@ -56,8 +56,5 @@ def runs_of(projections: Sequence[str], columns: Mapping[str, Columns]) -> list[
             runs[-1] = Run((*last.projections, projection), own.groups, joined)
         else:
             runs.append(Run((projection,), own.groups, own))
-    whole = sum(own.groups * own.width for own in columns.values())
-    return [
-        run._replace(columns=Columns(1, 0, whole)) if run.columns.groups * run.columns.width == whole else run
-        for run in runs
-    ]
+    whole = sum(own.total for own in columns.values())
+    return [run._replace(columns=Columns(1, 0, whole)) if run.columns.total == whole else run for run in runs]

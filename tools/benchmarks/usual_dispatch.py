@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.adapters.compute import Columns
+from malora_dist.adapters.compute import Columns, sorted_slots
 from malora_dist.dispatch.base import DispatchedTokens
 from malora_dist.parallel.device import without_expected_warnings
 
@@ -32,11 +32,9 @@ def _compute(
     """In place of LinearAdapters._compute: y plus the experts' weighted outputs."""
     x_TI, experts_TK = tokens.rows_WZ, tokens.experts_WJ
     down_ERI, up_EMR = adapter.get_parameter("A"), adapter.up(*run.projections)
-    experts_S, order_S = experts_TK.flatten().sort(stable=True)
-    numbers_E = torch.arange(down_ERI.shape[0], device=x_TI.device)
-    ends_E = torch.searchsorted(experts_S, numbers_E, right=True, out_int32=True)
+    token_S, order_S, ends_E = sorted_slots(experts_TK, down_ERI.shape[0])
 
-    x_SI = x_TI[order_S // experts_TK.shape[1]]
+    x_SI = x_TI[token_S]
     u_SR = F.grouped_mm(x_SI, down_ERI.to(x_TI.dtype).transpose(1, 2), offs=ends_E)
     y_SM = F.grouped_mm(u_SR, up_EMR.to(x_TI.dtype).transpose(1, 2), offs=ends_E)
     in_token_order_SM = torch.empty_like(y_SM).index_copy(0, order_S, y_SM)
