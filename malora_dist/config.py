@@ -19,8 +19,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import ConfigError
+from malora_dist.methods.spec import AdapterSpec
 
 DISPATCHERS = ("auto", "local", "all_to_all", "gather_experts", "fastmoe")
 EXPERT_COMPUTES = ("auto", "gated_block", "grouped")

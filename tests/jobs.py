@@ -35,7 +35,7 @@ def _adapter_shards(trainer: Any) -> dict[str, tuple[Any, tuple[slice, ...], tup
 
     Keys are ``layers.<number in the model>.<adapter>.<parameter>``.
     """
-    from malora_dist.models.adapted_linear import is_adapter_key
+    from malora_dist.layers.adapted_linear import is_adapter_key
 
     found = {}
     for chunk in trainer.trained.model:
@@ -57,7 +57,7 @@ def _randomise_up_projections(trainer: Any) -> None:
 
 def _keep_dropout_masks(trainer: Any, masks: list[tuple[str, str, Tensor]]) -> None:
     """From now on note (site, style, multipliers [s * b, n]) of every call of an adapter's dropout."""
-    from malora_dist.models.adapter import Adapter
+    from malora_dist.layers.adapter import Adapter
 
     for chunk in trainer.trained.model:
         for module in chunk.modules():
@@ -93,7 +93,7 @@ def train_and_record(
             changes.enter_context(importlib.import_module("tests.sabotage").apply(sabotage))
         if mixed_dispatch:
             by_turns = ["gather_experts", "all_to_all"] * 2
-            changes.enter_context(mock.patch("malora_dist.dispatch.factory.cheaper_dispatch", side_effect=by_turns))
+            changes.enter_context(mock.patch("malora_dist.exchange.factory.cheaper_dispatch", side_effect=by_turns))
         return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
 
 
@@ -180,9 +180,9 @@ def dispatch_and_combine(
     Returns the combined output of this rank's tokens and the gradients of z, gates and this
     rank's weights for the loss sum(y^2) over all ranks.
     """
-    from malora_dist.adapters.maths import Routing
-    from malora_dist.dispatch.factory import make_dispatcher
-    from malora_dist.dispatch.fastmoe import FastMoEDispatcher
+    from malora_dist.exchange.factory import make_dispatcher
+    from malora_dist.exchange.fastmoe import FastMoEDispatcher
+    from malora_dist.methods.maths import Routing
     from tests.fmoe_double import FmoeFunctionsDouble
 
     config = Config(expert_model_parallel_size=layout.world_size_from_env(), device="cpu")
@@ -212,7 +212,7 @@ def dispatch_and_combine(
 
 def order_of_work() -> tuple[list[str], list[str]]:
     """What one adapted linear does forward and backward: rows "start" and "arrive" around the frozen "gemm"."""
-    from malora_dist.adapters.compute import Columns, add_rows
+    from malora_dist.kernels.experts import Columns, add_rows
     from malora_dist.parallel import collectives
 
     topology = layout.initialize(Config(device="cpu"))

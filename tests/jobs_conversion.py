@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir
 from malora_dist.config import Config
-from malora_dist.models.hf_config import read_llama_config
+from malora_dist.families.hf_config import read_llama_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
 from tests import jobs
@@ -59,11 +59,11 @@ def _load(hf: LlamaConfig, base: Path, config: Config, topology: layout.Topology
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from malora_dist.checkpoint.adapter import load_base_weights
-    from malora_dist.dispatch.factory import plan_dispatch
-    from malora_dist.models.adapted_linear import is_adapter_key
-    from malora_dist.models.adapter import AdapterSettings
-    from malora_dist.models.llama import adapter_shapes, build_llama, transformer_config
-    from malora_dist.models.routing_context import RoutingContext
+    from malora_dist.exchange.factory import plan_dispatch
+    from malora_dist.families.llama import adapter_shapes, build_llama, transformer_config
+    from malora_dist.layers.adapted_linear import is_adapter_key
+    from malora_dist.layers.adapter import AdapterSettings
+    from malora_dist.layers.routing_context import RoutingContext
 
     shapes = adapter_shapes(hf, config, topology.tp_size)
     plan = plan_dispatch("local", config, shapes, topology.ep_group, topology.device, tokens=1, itemsize=4)

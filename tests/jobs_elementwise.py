@@ -35,7 +35,7 @@ def against_megatron(dtype: torch.dtype) -> Results:
     with without_expected_warnings():
         from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-        from malora_dist.models.elementwise import _SwiGLU, rotate
+        from malora_dist.layers.elementwise import _SwiGLU, rotate
     generator = torch.Generator().manual_seed(0)
     x_G = torch.randn(5, 2, 24, generator=generator, dtype=dtype)
     x_SBHD = torch.randn(5, 2, 3, 24, generator=generator, dtype=dtype)[..., :8]  # a view, as after the split of qkv

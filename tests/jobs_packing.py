@@ -28,7 +28,7 @@ def logits(overrides: list[str], microbatches: list[Microbatch], randomise: bool
 def document_masks(marks: list[Tensor | None]) -> list[Tensor | None]:
     """Attention masks of marks [C, B, S]; here, because the tests' own process does without megatron-core."""
     with without_expected_warnings():
-        from malora_dist.models.attention import document_mask
+        from malora_dist.layers.attention import document_mask
     return [document_mask(m) for m in marks]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from malora_dist.adapters.spec import METHODS
+from malora_dist.methods.spec import METHODS
 
 MIXTURES = ("molora", "malora")
 

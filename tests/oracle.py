@@ -1,4 +1,4 @@
-"""One-process reference of a training run: transformers' Llama, malora_dist.adapters on plain tensors, torch's AdamW.
+"""One-process reference of a training run: transformers' Llama, malora_dist.methods on plain tensors, torch's AdamW.
 
 Nothing of megatron, the dispatchers or the trainer is in it.
 """
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.adapters import maths
-from malora_dist.adapters.init import initial_parameter, keyed_generator
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.config import TrainConfig
 from malora_dist.data.batches import Microbatch
+from malora_dist.methods import maths
+from malora_dist.methods.spec import AdapterSpec
+from malora_dist.methods.start import initial_parameter, keyed_generator
 
 
 def start_of_up_projection(seed: int, key: str, shape: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ def apply(name: str) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _started(change: Callable[[Any, str, torch.nn.Parameter], None]) -> Iterator[None]:
     """Call ``change(adapter, kind, parameter)`` on every parameter of every adapter when it is made."""
-    from malora_dist.models.adapter import Adapter
+    from malora_dist.layers.adapter import Adapter
 
     start = Adapter._start
 
@@ -82,7 +82,7 @@ def expert_factor() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def lost_output_gradient() -> Iterator[None]:
     """The column gather takes each TP rank's gradient for the whole instead of summing them."""
-    from malora_dist.models import adapted_linear
+    from malora_dist.layers import adapted_linear
 
     gather = adapted_linear.gather_from_sequence_parallel_region
 
@@ -96,7 +96,7 @@ def lost_output_gradient() -> Iterator[None]:
 @contextlib.contextmanager
 def balance_after_gather() -> Iterator[None]:
     """The load-balancing loss of a column is taken after the gather, whole, on every TP rank."""
-    from malora_dist.models.adapted_linear import LinearAdapters
+    from malora_dist.layers.adapted_linear import LinearAdapters
 
     route = LinearAdapters._route
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.adapters import budget, maths
-from malora_dist.adapters.init import initial_parameter
-from malora_dist.adapters.spec import METHODS, AdapterSpec
 from malora_dist.errors import ConfigError
+from malora_dist.methods import budget, maths
+from malora_dist.methods.spec import METHODS, AdapterSpec
+from malora_dist.methods.start import initial_parameter
 
 N_IN, M_OUT = 7, 5
 

@@ -1,4 +1,4 @@
-"""What training computes (adapters/compute.py) against the plain maths (adapters/maths.py), on one process.
+"""What training computes (kernels/experts.py) against the plain maths (methods/maths.py), on one process.
 
 float64, so that only a different formula can differ; tolerance 1e-10 of an entry. float32 and bfloat16 where
 grouped_mm has kernels: there the order of summation differs, the tolerances are those dtypes' roundings.
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.adapters import maths
-from malora_dist.adapters.compute import (
+from malora_dist.kernels.experts import (
     Columns,
     add_experts,
     add_rows,
@@ -22,7 +21,8 @@ from malora_dist.adapters.compute import (
     choose_expert_compute,
     project_and_score,
 )
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods import maths
+from malora_dist.methods.spec import AdapterSpec
 
 T, N_IN, TOTAL = 12, 7, 12
 #: The whole output; a slice of fc1; q of two query groups.

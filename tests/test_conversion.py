@@ -21,8 +21,8 @@ from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.checkpoint.convert import export_hf, fingerprint_hf, import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import TensorChunk, TorchDistReader, write_torch_dist
 from malora_dist.errors import CheckpointError
-from malora_dist.models.hf_config import read_llama_config, rope_inv_freq
-from malora_dist.models.hf_conversion import Chunk
+from malora_dist.families.hf_config import read_llama_config, rope_inv_freq
+from malora_dist.families.hf_conversion import Chunk
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"

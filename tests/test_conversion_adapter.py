@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.adapters.spec import METHODS, AdapterSpec
 from malora_dist.checkpoint.base import checkpoint_dir, read_base_info
 from malora_dist.checkpoint.convert import import_hf, read_adapter_weights
 from malora_dist.checkpoint.tensor_files import TensorChunk, TorchDistReader, write_torch_dist
@@ -25,6 +24,7 @@ from malora_dist.errors import CheckpointError
 from malora_dist.hf.export import write_peft_adapter
 from malora_dist.hf.keys import TensorKey
 from malora_dist.hf.read import read_peft_adapter
+from malora_dist.methods.spec import METHODS, AdapterSpec
 from tests.conftest import write_llama
 from tests.layouts import find
 from tests.test_parity import assemble, overrides

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch.cost import AdapterShape, cheaper_dispatch, expected_ranks
-from malora_dist.dispatch.fastmoe import load_fmoe_functions
 from malora_dist.errors import BackendUnavailableError
+from malora_dist.exchange.cost import AdapterShape, cheaper_dispatch, expected_ranks
+from malora_dist.exchange.fastmoe import load_fmoe_functions
+from malora_dist.methods.spec import AdapterSpec
 from tests.workers import WorkerPool
 
 N, Z, M = 4, 3, 5

@@ -1,4 +1,4 @@
-"""models/elementwise.py against megatron-core's and torch's own operations: output, gradient, what is kept."""
+"""layers/elementwise.py against megatron-core's and torch's own operations: output, gradient, what is kept."""
 
 from __future__ import annotations
 

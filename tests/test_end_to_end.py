@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import malora_dist.hf  # noqa: F401  registers the tuner
-from malora_dist.adapters.spec import METHODS
 from malora_dist.checkpoint.convert import import_hf, read_adapter_weights
 from malora_dist.hf.export import write_peft_adapter
+from malora_dist.methods.spec import METHODS
 from tests.workers import WorkerPool
 
 FILES = {

@@ -116,7 +116,7 @@ def test_config(world_size: int, fields: dict[str, object], expected: str) -> No
 )
 def test_base(layers: int, fields: dict[str, object], expected: str) -> None:
     """What only shows when the base is known."""
-    from malora_dist.models.llama import transformer_config
+    from malora_dist.families.llama import transformer_config
 
     topology = SimpleNamespace(tp_size=1, pp_size=2)
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from malora_dist.adapters import maths
-from malora_dist.adapters.init import initial_parameter
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods import maths
+from malora_dist.methods.spec import AdapterSpec
+from malora_dist.methods.start import initial_parameter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -16,7 +16,7 @@ def test_real_fmoe_agrees_with_the_local_dispatcher() -> None:
     """fastmoe's own scatter and gather on one rank: output and gradients of z and gates."""
     pytest.importorskip("fmoe", reason="fmoe is not installed (it is built from source)")
     from malora_dist.config import Config
-    from malora_dist.dispatch.factory import make_dispatcher
+    from malora_dist.exchange.factory import make_dispatcher
     from malora_dist.parallel import topology as layout
 
     device = torch.device("cuda", 0)
@@ -57,7 +57,7 @@ def test_the_router_in_bfloat16_parts_is_float32() -> None:
 @pytest.mark.parametrize("form", ["gated_block", "grouped"])
 def test_experts_at_hand_never_wait_for_the_gpu(form: str) -> None:
     """Forward and backward in bfloat16; torch raises at the first operation that would synchronise."""
-    from malora_dist.adapters.compute import Columns, add_experts, project_and_score
+    from malora_dist.kernels.experts import Columns, add_experts, project_and_score
 
     device = torch.device("cuda", 0)
     spec = AdapterSpec(num_lora_experts=8, lora_rank=8, shared_dim=16)

@@ -15,11 +15,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import malora_dist.hf.export as export
-from malora_dist.adapters import maths
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import CheckpointError
 from malora_dist.hf.export import write_peft_adapter
 from malora_dist.hf.keys import TensorKey
+from malora_dist.methods import maths
+from malora_dist.methods.spec import AdapterSpec
 from tests.hf_models import inputs, logits, tiny_llama
 
 WIDTHS = {"q_proj": (32, 32), "v_proj": (32, 16), "down_proj": (48, 32)}

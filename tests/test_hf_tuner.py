@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
-from malora_dist.adapters.init import initial_parameter
 from malora_dist.errors import CheckpointError, ConfigError, MaloraError
 from malora_dist.hf import MaloraConfig, MaloraLayer
 from malora_dist.hf.keys import saved_key
+from malora_dist.methods.start import initial_parameter
 from tests.hf_models import PAD, adapted, adapter_config, batch, inputs, logits, randomise, tiny_llama
 
 METHODS = ("molora", "malora")

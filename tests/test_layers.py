@@ -25,20 +25,22 @@ class Layer:
 #: Lowest first: a row may only name rows above it. docs/architecture.md gives the reasons.
 LAYERS = {
     "errors": Layer(""),
-    "adapters": Layer("errors"),
-    "config": Layer("errors adapters"),
+    "methods": Layer("errors"),
+    "config": Layer("errors methods"),
+    "kernels": Layer("methods"),
     "parallel": Layer("errors config", megatron=True),
-    "dispatch": Layer("errors adapters parallel"),
-    "models": Layer("errors adapters config dispatch parallel", megatron=True),
+    "exchange": Layer("errors methods parallel"),
+    "layers": Layer("errors methods config kernels exchange parallel", megatron=True),
+    "families": Layer("errors methods config kernels exchange parallel layers", megatron=True),
     "data": Layer("errors config"),
-    "checkpoint": Layer("errors adapters config parallel models", megatron=True),
-    "metrics": Layer("adapters config parallel dispatch models checkpoint"),
-    "training": Layer("errors config parallel dispatch models data checkpoint metrics", megatron=True),
-    "hf": Layer("errors adapters config data"),
+    "checkpoint": Layer("errors methods config parallel layers families", megatron=True),
+    "metrics": Layer("methods config kernels parallel exchange layers families checkpoint"),
+    "training": Layer("errors config parallel exchange layers families data checkpoint metrics", megatron=True),
+    "hf": Layer("errors methods config kernels data"),
     "train": Layer("errors config parallel training"),
 }
 #: The only file that may import fmoe.
-FMOE_FILE = PACKAGE / "dispatch" / "fastmoe.py"
+FMOE_FILE = PACKAGE / "exchange" / "fastmoe.py"
 
 #: What may be called to make a module's constants, besides the project's own classes and functions and methods of
 #: other constants.
@@ -64,7 +66,7 @@ MODULES = {name_of(file) for file in FILES}
 
 
 def layer_of(module: str) -> str:
-    """``malora_dist.dispatch.base`` -> ``dispatch``."""
+    """``malora_dist.exchange.base`` -> ``dispatch``."""
     return module.split(".")[1]
 
 
@@ -91,7 +93,7 @@ def test_the_table_is_an_order_and_has_a_row_for_everything() -> None:
     assert sorted(rows) == sorted({layer_of(name_of(file)) for file in PRODUCT_FILES})
     for i, (name, layer) in enumerate(LAYERS.items()):
         assert set(layer.imports.split()) <= set(rows[:i]), f"{name} may only import layers above it in the table"
-    for side in ("adapters", "data", "hf"):
+    for side in ("methods", "kernels", "data", "hf"):
         below = [side, *LAYERS[side].imports.split()]
         assert not any(LAYERS[name].megatron for name in below), f"{side} would reach megatron"
 

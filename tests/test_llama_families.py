@@ -18,8 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from malora_dist.checkpoint.base import checkpoint_dir
 from malora_dist.checkpoint.convert import import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import HfWeights, TorchDistReader
-from malora_dist.models.hf_config import read_llama_config, rope_inv_freq
-from malora_dist.models.hf_conversion import conversion_map
+from malora_dist.families.hf_config import read_llama_config, rope_inv_freq
+from malora_dist.families.hf_conversion import conversion_map
 from tests.jobs_conversion import SEQUENCE, token_ids
 from tests.workers import WorkerPool
 

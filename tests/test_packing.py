@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.adapters import maths
-from malora_dist.adapters.init import initial_parameter
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.config import load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, Sample, collate, pack
 from malora_dist.data.tokenization import TokenizedExample
 from malora_dist.errors import ConfigError
+from malora_dist.methods import maths
+from malora_dist.methods.spec import AdapterSpec
+from malora_dist.methods.start import initial_parameter
 from tests.workers import WorkerPool
 
 RTOL = 1e-4

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from malora_dist.adapters.spec import METHODS
 from malora_dist.checkpoint.convert import import_hf
 from malora_dist.config import Config, load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
+from malora_dist.methods.spec import METHODS
 from tests.conftest import write_llama
 from tests.layouts import LAYOUTS, Layout, find
 from tests.oracle import OracleRun, Record

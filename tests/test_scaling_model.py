@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from malora_dist.adapters.budget import trainable_parameters
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.budget import trainable_parameters
+from malora_dist.methods.spec import AdapterSpec
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "tools" / "benchmarks"
 NAMES = ("scaling_cluster", "scaling_parts", "scaling_model", "scaling_search", "scaling_measured", "scaling")

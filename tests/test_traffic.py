@@ -2,7 +2,7 @@
 
 Every expert is chosen (topk = N), so the rows sent are known without looking at the routing.
 T: tokens of a microbatch, over all sequence shards; widths n and m are full; d, N, r, r' as in
-malora_dist/adapters/spec.py. Everything is float32 or int64. Sizes are of the larger buffer of a collective
+malora_dist/methods/spec.py. Everything is float32 or int64. Sizes are of the larger buffer of a collective
 (malora_dist/metrics/traffic.py).
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from malora_dist.config import Config, load_config
-from malora_dist.dispatch.cost import AdapterShape, all_to_all_bytes, gathered_memory
+from malora_dist.exchange.cost import AdapterShape, all_to_all_bytes, gathered_memory
 from tests.layouts import Layout, find
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
@@ -134,7 +134,7 @@ def test_gathered_experts(name: str, method: str, workers: WorkerPool, base_dir:
 @pytest.mark.parametrize("method", ["molora", "malora"])
 @pytest.mark.parametrize("name", ["TP 2, EP 2", "EP 2", "EP 4"])
 def test_the_rule_of_auto_counts_these_bytes(name: str, method: str) -> None:
-    """dispatch/cost.py against the formulas above, which are those of a run; what stays on its rank left out."""
+    """exchange/cost.py against the formulas above, which are those of a run; what stays on its rank left out."""
     layout = find(name)
     config = Config(method=method, num_lora_experts=4, topk=4, expert_model_parallel_size=layout.ep)
     for projection, (n, m) in WIDTHS.items():

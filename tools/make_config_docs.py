@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist import config
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 

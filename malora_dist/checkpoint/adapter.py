@@ -27,13 +27,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
 from malora_dist.checkpoint.tensor_files import TorchDistReader
 from malora_dist.config import Config, save_config
 from malora_dist.errors import CheckpointError
-from malora_dist.models.adapted_linear import is_adapter_key
-from malora_dist.models.llama import LlamaModel
+from malora_dist.families.llama import LlamaModel
+from malora_dist.layers.adapted_linear import is_adapter_key
+from malora_dist.methods.spec import AdapterSpec
 from malora_dist.parallel.compatibility import check_common_state
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology

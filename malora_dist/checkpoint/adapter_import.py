@@ -13,8 +13,8 @@ from malora_dist.checkpoint.base import TRACKER_FILE, hf_dir, iteration_name, re
 from malora_dist.checkpoint.convert import AdapterWeights, stored_parameters, write_megatron_files
 from malora_dist.checkpoint.tensor_files import TensorChunk, bits_equal, write_torch_dist
 from malora_dist.errors import CheckpointError
-from malora_dist.models.hf_config import read_llama_config
-from malora_dist.models.hf_conversion import conversion_map
+from malora_dist.families.hf_config import read_llama_config
+from malora_dist.families.hf_conversion import conversion_map
 from malora_dist.parallel.device import without_expected_warnings
 
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig
 
-from malora_dist.adapters.spec import MEGATRON_LINEARS, AdapterSpec
 from malora_dist.checkpoint.base import (
     BASE_LAYOUT,
     TRACKER_FILE,
@@ -39,8 +38,8 @@ from malora_dist.checkpoint.tensor_files import (
     write_torch_dist,
 )
 from malora_dist.errors import CheckpointError
-from malora_dist.models.hf_config import read_llama_config
-from malora_dist.models.hf_conversion import (
+from malora_dist.families.hf_config import read_llama_config
+from malora_dist.families.hf_conversion import (
     EMBEDDING_KEY,
     OUTPUT_KEY,
     Chunk,
@@ -49,6 +48,7 @@ from malora_dist.models.hf_conversion import (
     extra_state_keys,
     redundant_keys,
 )
+from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 from malora_dist.parallel.device import without_expected_warnings
 
 DEFAULT_SHARD_BYTES = 4 * 10**9

@@ -7,8 +7,8 @@ from enum import Enum
 
 from peft.config import PeftConfig
 
-from malora_dist.adapters.spec import PROJECTIONS, AdapterSpec
 from malora_dist.errors import ConfigError
+from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
 
 METHODS = ("molora", "malora")
 

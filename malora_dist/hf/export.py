@@ -17,10 +17,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import CheckpointError
 from malora_dist.hf.config import MaloraConfig
 from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
+from malora_dist.methods.spec import AdapterSpec
 
 _FILES = {CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME}
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.errors import CheckpointError
+from malora_dist.methods.spec import AdapterSpec
 
 #: (0-based layer number, Hugging Face projection name, parameter name)
 TensorKey = tuple[int, str, str]

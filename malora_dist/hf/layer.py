@@ -1,4 +1,4 @@
-"""One adapted linear: the frozen base plus token-routed experts, by the maths of malora_dist.adapters."""
+"""One adapted linear: the frozen base plus token-routed experts, by the maths of malora_dist.methods."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from malora_dist.adapters import maths
-from malora_dist.adapters.compute import Columns, add_experts, project_and_score
-from malora_dist.adapters.init import initial_parameter
-from malora_dist.adapters.maths import Routing
 from malora_dist.errors import MaloraError
 from malora_dist.hf.config import MaloraConfig
+from malora_dist.kernels.experts import Columns, add_experts, project_and_score
+from malora_dist.methods import maths
+from malora_dist.methods.maths import Routing
+from malora_dist.methods.start import initial_parameter
 
 PARAMETERS = ("router", "S", "P", "A", "B")
 

@@ -13,11 +13,11 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from malora_dist.adapters import maths
 from malora_dist.errors import ConfigError
 from malora_dist.hf.config import MaloraConfig
 from malora_dist.hf.keys import SAVED_PREFIX, check_tensors
 from malora_dist.hf.layer import MaloraLayer, RoutedTokens, unmergeable
+from malora_dist.methods import maths
 
 _IGNORED_LABEL = -100
 

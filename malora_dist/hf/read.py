@@ -16,10 +16,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from malora_dist.adapters.spec import PROJECTIONS, AdapterSpec
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.hf.config import MaloraPeftType
 from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
+from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
 
 #: {field of AdapterSpec: field of LoraConfig}; fields of either config that say nothing about the adapter's function.
 _LORA_FIELDS = {name: name for name in ("lora_alpha", "use_rslora", "lora_dropout")} | {"lora_rank": "r"}

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers import LlamaConfig
 
-from malora_dist.adapters.budget import adapter_parameters
-from malora_dist.adapters.compute import choose_expert_compute
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.config import Config
-from malora_dist.dispatch.factory import DispatchPlan
-from malora_dist.models.llama import LlamaModel, projection_widths
+from malora_dist.exchange.factory import DispatchPlan
+from malora_dist.families.llama import LlamaModel, projection_widths
+from malora_dist.kernels.experts import choose_expert_compute
+from malora_dist.methods.budget import adapter_parameters
 from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.topology import Topology
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from malora_dist.models.routing_context import RoutingContext, SiteStatistics
+from malora_dist.layers.routing_context import RoutingContext, SiteStatistics
 from malora_dist.parallel.topology import Topology
 
 

@@ -26,18 +26,18 @@ from malora_dist.checkpoint.adapter import (
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
-from malora_dist.dispatch.factory import plan_dispatch
 from malora_dist.errors import CheckpointError
+from malora_dist.exchange.factory import plan_dispatch
+from malora_dist.families.hf_config import read_llama_config
+from malora_dist.families.llama import adapter_shapes, build_llama, transformer_config
+from malora_dist.layers.adapter import AdapterSettings
+from malora_dist.layers.attention import attention_class
+from malora_dist.layers.routing_context import RoutingContext
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.clock import Clock
 from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
-from malora_dist.models.adapter import AdapterSettings
-from malora_dist.models.attention import attention_class
-from malora_dist.models.hf_config import read_llama_config
-from malora_dist.models.llama import adapter_shapes, build_llama, transformer_config
-from malora_dist.models.routing_context import RoutingContext
 from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource

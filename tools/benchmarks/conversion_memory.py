@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from malora_dist.checkpoint.convert import export_hf, import_hf
-from malora_dist.models.hf_conversion import conversion_map
+from malora_dist.families.hf_conversion import conversion_map
 
 RESULTS = Path(__file__).parent / "results" / "conversion_memory.json"
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")

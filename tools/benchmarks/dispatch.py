@@ -14,7 +14,7 @@ nothing would move.
 
 Bytes are those that a rank hands to the collectives of the expert-parallel group in a step, counted by
 malora_dist/metrics/traffic.py: forward and backward, its own share included. ``auto`` compares what is sent to others,
-(EP - 1) / EP of it, by the formulas of malora_dist/dispatch/cost.py, which stand beside the counts in the same terms.
+(EP - 1) / EP of it, by the formulas of malora_dist/exchange/cost.py, which stand beside the counts in the same terms.
 More tokens are more microbatches of one sequence each. A time is the slowest process's, median of the rounds.
 
 The last section measures the parts of one linear at EP=2 (see overlap.py) and what hiding a transfer behind the frozen
@@ -42,17 +42,17 @@ from overlap import measure_overlap
 from torch import Tensor
 from transformers import LlamaConfig
 
-from malora_dist.adapters.maths import Routing
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch.base import DispatchedTokens, Returning, TokenDispatcher
-from malora_dist.dispatch.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
+from malora_dist.exchange.base import DispatchedTokens, Returning, TokenDispatcher
+from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
+from malora_dist.methods.maths import Routing
+from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 with without_expected_warnings():  # import megatron-core
-    from malora_dist.models.adapted_linear import LinearAdapters
-    from malora_dist.models.llama import adapter_shapes
+    from malora_dist.families.llama import adapter_shapes
+    from malora_dist.layers.adapted_linear import LinearAdapters
 
 #: {way: config keys}
 WAYS = {
@@ -161,7 +161,7 @@ def _slowest(workers: Processes, way: str, sequences: int) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """What malora_dist/dispatch/cost.py says of one rank's step of a whole Llama, MALoRA with N experts.
+    """What malora_dist/exchange/cost.py says of one rank's step of a whole Llama, MALoRA with N experts.
 
     Attributes:
         all_to_all: bytes per token, in the counter's terms.

@@ -13,7 +13,7 @@ import torch
 from common import interleaved, print_table, ratios, summary
 from torch import Tensor
 
-from malora_dist.adapters.compute import Columns, add_experts, choose_expert_compute
+from malora_dist.kernels.experts import Columns, add_experts, choose_expert_compute
 
 #: (topk, rank of an expert) pairs that the crossover over N is looked for at.
 SETTINGS = ((1, 10), (2, 10), (4, 10), (2, 40))

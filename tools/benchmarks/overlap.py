@@ -12,7 +12,7 @@ From the parts' times, the cost of the three orders in which they can run:
 
     nothing hidden          gemm + out + experts + back + sum
     out behind the GEMM     max(gemm, out) + experts + back + sum
-    back behind the GEMM    out + experts + max(gemm, back) + sum      what models/adapted_linear.py does
+    back behind the GEMM    out + experts + max(gemm, back) + sum      what layers/adapted_linear.py does
 
 The first and the last are also run as a whole. There a transfer competes with the GEMM for the machine's cores, which a
 network card would not do: the model is a bound. In backward the same transfers run the other way around.
@@ -31,10 +31,10 @@ import torch.nn.functional as F
 from common import interleaved, print_table, ratios, summary
 from models import spawn
 
-from malora_dist.adapters.compute import Columns, add_experts, add_rows
-from malora_dist.adapters.maths import route
 from malora_dist.config import Config
-from malora_dist.dispatch.all_to_all import AllToAllDispatcher
+from malora_dist.exchange.all_to_all import AllToAllDispatcher
+from malora_dist.kernels.experts import Columns, add_experts, add_rows
+from malora_dist.methods.maths import route
 from malora_dist.parallel import topology as layout
 
 EP = 2

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
-from malora_dist.adapters.spec import PROJECTIONS, AdapterSpec
 from malora_dist.hf import MaloraConfig
+from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
 from malora_dist.parallel import topology as layout
 
 #: The mixture of all three that have one: the defaults of malora_dist, written out.

@@ -33,7 +33,7 @@ from scaling_model import Bytes, Times
 from scaling_parts import Method, Model, dispatch_of
 from scaling_search import Job, Run, best, crossovers, sent_bytes
 
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 
 MODELS = (
     Model("8B", hidden=4096, ffn=14336, layers=32, heads=32, kv_heads=8),

@@ -16,7 +16,7 @@ from scaling_cluster import Cluster
 from scaling_parts import FP32, Model
 from scaling_search import sent_bytes
 
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 
 #: {way of dispatch.py: (method, dispatch)}
 WAYS = {

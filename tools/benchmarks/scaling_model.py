@@ -2,7 +2,7 @@
 
 Nothing here is measured. Time is counted from the shapes: operations and bytes of what a rank computes, over the
 cluster's rates, whichever takes longer; bytes of what it sends, over the link, plus a latency per step of a collective.
-The bytes of the dispatches are those of ``dispatch: auto``, malora_dist/dispatch/cost.py. Left out: uneven routing,
+The bytes of the dispatches are those of ``dispatch: auto``, malora_dist/exchange/cost.py. Left out: uneven routing,
 stragglers, data loading; kernels of embeddings, norms and activations, for which ``gemm_efficiency`` stands.
 
 Words: T tokens of a microbatch on one data-parallel rank, n and m a projection's widths, d the shared width, N experts,
@@ -30,9 +30,9 @@ from scaling_parts import (
     trained_numbers,
 )
 
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch import cost
-from malora_dist.dispatch.cost import AdapterShape
+from malora_dist.exchange import cost
+from malora_dist.exchange.cost import AdapterShape
+from malora_dist.methods.spec import AdapterSpec
 
 # ---- compute
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from scaling_cluster import Group
 
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch import cost
-from malora_dist.dispatch.cost import AdapterShape
+from malora_dist.exchange import cost
+from malora_dist.exchange.cost import AdapterShape
+from malora_dist.methods.spec import AdapterSpec
 
 BF16, FP32 = 2, 4
 
@@ -66,7 +66,7 @@ class Method:
     Attributes:
         token_dispatch: the usual form of a mixture, always sorted by expert; else the cheaper of the two forms.
         float32_router: what if x were copied to float32 for the router and multiplied there, as is usual? Else the
-            router is three bfloat16 parts in the product that reads x for S_A, malora_dist/adapters/compute.py:
+            router is three bfloat16 parts in the product that reads x for S_A, malora_dist/kernels/experts.py:
             backward splits the gradient of the logits for the weights' gradient, not for that of x.
     """
 

@@ -10,8 +10,8 @@ from scaling_cluster import Cluster
 from scaling_model import Bytes, Times, memory, step_time
 from scaling_parts import BF16, Layout, Method, Model, dispatch_of
 
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch import cost
+from malora_dist.exchange import cost
+from malora_dist.methods.spec import AdapterSpec
 
 TENSOR_PARALLEL, PIPELINE_PARALLEL = (1, 2, 4, 8), (1, 2, 4, 8, 16)
 

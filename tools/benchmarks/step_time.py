@@ -43,10 +43,10 @@ from models import SHAPES, Inputs, build_trainer, llama_config, llama_like, peak
 from transformers import LlamaConfig
 from usual_dispatch import dispatch_as_usual
 
-from malora_dist.adapters.budget import trainable_parameters
-from malora_dist.adapters.compute import choose_expert_compute
-from malora_dist.adapters.spec import AdapterSpec
 from malora_dist.config import load_config
+from malora_dist.kernels.experts import choose_expert_compute
+from malora_dist.methods.budget import trainable_parameters
+from malora_dist.methods.spec import AdapterSpec
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import choose_device
 

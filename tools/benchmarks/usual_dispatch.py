@@ -4,7 +4,7 @@ FastMoE's order of operations: every token's x is copied to a row per expert, so
 experts run on their rows, one GEMM each; their outputs, as wide as the layer's, are copied back into token order
 (MOEGather), weighted by the gates, and summed. Every step is a torch operation of its own whose result autograd keeps.
 
-Shape suffixes as in malora_dist/adapters/compute.py.
+Shape suffixes as in malora_dist/kernels/experts.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from malora_dist.adapters.compute import Columns, sorted_slots
-from malora_dist.dispatch.base import DispatchedTokens
+from malora_dist.exchange.base import DispatchedTokens
+from malora_dist.kernels.experts import Columns, sorted_slots
 from malora_dist.parallel.device import without_expected_warnings
 
 with without_expected_warnings():  # imports megatron-core
-    from malora_dist.models.adapted_linear import LinearAdapters
-    from malora_dist.models.adapter import Adapter
-    from malora_dist.models.fused_columns import Run
+    from malora_dist.kernels.fused_columns import Run
+    from malora_dist.layers.adapted_linear import LinearAdapters
+    from malora_dist.layers.adapter import Adapter
 
 
 def _compute(

@@ -28,16 +28,16 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from transformers import LlamaConfig
 
-from malora_dist.adapters.spec import MEGATRON_LINEARS, AdapterSpec
 from malora_dist.config import Config
-from malora_dist.dispatch.cost import AdapterShape
 from malora_dist.errors import ConfigError
-from malora_dist.models.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, is_adapter_key
-from malora_dist.models.adapter import AdapterSettings
-from malora_dist.models.attention import SdpaAttention
-from malora_dist.models.elementwise import RotaryAttention, SwiGLU
-from malora_dist.models.hf_config import rope_inv_freq
-from malora_dist.models.routing_context import RoutingContext
+from malora_dist.exchange.cost import AdapterShape
+from malora_dist.families.hf_config import rope_inv_freq
+from malora_dist.layers.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, is_adapter_key
+from malora_dist.layers.adapter import AdapterSettings
+from malora_dist.layers.attention import SdpaAttention
+from malora_dist.layers.elementwise import RotaryAttention, SwiGLU
+from malora_dist.layers.routing_context import RoutingContext
+from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 from malora_dist.parallel.topology import Topology
 
 

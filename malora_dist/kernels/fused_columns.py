@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from malora_dist.adapters.compute import Columns
+from malora_dist.kernels.experts import Columns
 
 
 def columns_of(widths: Mapping[str, tuple[int, int]], groups: int, tp: int) -> dict[str, Columns]:

@@ -31,11 +31,11 @@ from megatron.core.tensor_parallel.random import is_checkpointing
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from malora_dist.adapters import maths
-from malora_dist.adapters.compute import Columns, add_experts, add_rows, add_up, project_and_score, stack_ups
-from malora_dist.dispatch.base import DispatchedTokens, Returning
-from malora_dist.models.adapter import Adapter, AdapterSettings, Style
-from malora_dist.models.fused_columns import Run, columns_of, runs_of
+from malora_dist.exchange.base import DispatchedTokens, Returning
+from malora_dist.kernels.experts import Columns, add_experts, add_rows, add_up, project_and_score, stack_ups
+from malora_dist.kernels.fused_columns import Run, columns_of, runs_of
+from malora_dist.layers.adapter import Adapter, AdapterSettings, Style
+from malora_dist.methods import maths
 
 #: Adds the adapters' outputs to the base linear's, in place.
 Add = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 
 
 def keyed_generator(seed: int, *key: object) -> torch.Generator:

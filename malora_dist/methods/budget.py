@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 
 #: {projection: (in_features, out_features)} of one layer.
 LayerWidths = Mapping[str, tuple[int, int]]

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from malora_dist.adapters.spec import MEGATRON_LINEARS
 from malora_dist.errors import CheckpointError
+from malora_dist.methods.spec import MEGATRON_LINEARS
 
 EMBEDDING_KEY = "model.embed_tokens.weight"
 OUTPUT_KEY = "lm_head.weight"

@@ -17,10 +17,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
-from malora_dist.adapters.init import initial_parameter
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch.factory import DispatchPlan
-from malora_dist.models.routing_context import RoutingContext
+from malora_dist.exchange.factory import DispatchPlan
+from malora_dist.layers.routing_context import RoutingContext
+from malora_dist.methods.spec import AdapterSpec
+from malora_dist.methods.start import initial_parameter
 from malora_dist.parallel.topology import Topology
 
 Style = Literal["column", "row"]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from malora_dist.adapters.maths import Routing
-from malora_dist.dispatch.base import DispatchedTokens, Returning
+from malora_dist.exchange.base import DispatchedTokens, Returning
+from malora_dist.methods.maths import Routing
 from malora_dist.parallel.collectives import gather_rows, reduce_scatter_rows
 
 

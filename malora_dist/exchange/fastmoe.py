@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from malora_dist.adapters.maths import Routing
-from malora_dist.dispatch.base import DispatchedTokens, Returning
 from malora_dist.errors import BackendUnavailableError
+from malora_dist.exchange.base import DispatchedTokens, Returning
+from malora_dist.methods.maths import Routing
 
 _CURE = "use dispatch=all_to_all, which computes the same"
 

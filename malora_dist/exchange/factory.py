@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import ProcessGroup
 
-from malora_dist.adapters.spec import AdapterSpec
-from malora_dist.dispatch.all_to_all import AllToAllDispatcher
-from malora_dist.dispatch.base import TokenDispatcher
-from malora_dist.dispatch.cost import AdapterShape, all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
-from malora_dist.dispatch.fastmoe import FastMoEDispatcher
-from malora_dist.dispatch.gather_experts import GatheredExperts
-from malora_dist.dispatch.local import LocalDispatcher
+from malora_dist.exchange.all_to_all import AllToAllDispatcher
+from malora_dist.exchange.base import TokenDispatcher
+from malora_dist.exchange.cost import AdapterShape, all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
+from malora_dist.exchange.fastmoe import FastMoEDispatcher
+from malora_dist.exchange.gather_experts import GatheredExperts
+from malora_dist.exchange.local import LocalDispatcher
+from malora_dist.methods.spec import AdapterSpec
 
 
 def make_dispatcher(dispatch: str, num_experts: int, ep_group: ProcessGroup, device: torch.device) -> TokenDispatcher:

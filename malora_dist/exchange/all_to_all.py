@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from malora_dist.adapters.maths import Routing, dense_gates
-from malora_dist.dispatch.base import DispatchedTokens, Returning
+from malora_dist.exchange.base import DispatchedTokens, Returning
+from malora_dist.methods.maths import Routing, dense_gates
 from malora_dist.parallel.collectives import (
     exchange_counts,
     gather_rows,

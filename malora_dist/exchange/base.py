@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from malora_dist.adapters.maths import Routing
+from malora_dist.methods.maths import Routing
 
 #: Waits for what other ranks send back: (rows [S, M], the token of each row [S]).
 Returning = Callable[[], tuple[Tensor, Tensor]]

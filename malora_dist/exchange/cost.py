@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from malora_dist.adapters.spec import AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 
 #: float32, of adapters and their gradients.
 _PARAMETER_BYTES = 4

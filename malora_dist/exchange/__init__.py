@@ -1,0 +1,1 @@
+"""How tokens and experts meet across ranks, one class per way."""

@@ -1,0 +1,1 @@
+"""Adapted linears beside megatron-core's, attention and elementwise operations."""

@@ -1,0 +1,1 @@
+"""Adapter methods: declarations, start values and one-process maths; no distributed code."""

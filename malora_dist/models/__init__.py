@@ -1,1 +1,0 @@
-"""Llama on megatron-core with adapters, and its conversion to and from Hugging Face."""
