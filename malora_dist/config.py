@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 from malora_dist.errors import ConfigError
 from malora_dist.methods.spec import AdapterSpec
 
-DISPATCHERS = ("auto", "local", "all_to_all", "gather_experts", "fastmoe")
 EXPERT_COMPUTES = ("auto", "gated_block", "grouped")
 ADAMS = ("auto", "torch", "transformer_engine", "apex")
 ATTENTIONS = ("auto", "sdpa", "transformer_engine")
@@ -34,6 +33,8 @@ _TASK_KEY = re.compile(r"data\[(?P<index>\d+)\]\.(?P<name>\w+)")
 #: {type of a field: (what its values are, an example)}.
 _TYPES = {
     "int": ("a whole number", "8"),
+    "int | None": ("a whole number", "8"),
+    "float | None": ("a number", "16"),
     "float": ("a number", "0.01"),
     "bool": ("true or false", "true"),
     "str": ("a text", "'text'"),
@@ -218,29 +219,7 @@ def _check_layout(c: Config, world_size: int) -> None:
         raise ConfigError(
             "sequence_parallel", True, "needs tensor_model_parallel_size above 1", "set sequence_parallel=false"
         )
-    _check_one_of(c, "dispatch", DISPATCHERS)
-    if c.dispatch == "local" and ep > 1:
-        raise ConfigError(
-            "dispatch",
-            "local",
-            f"keeps tokens on their rank, but expert_model_parallel_size={ep}",
-            "use dispatch=auto",
-        )
     _check_one_of(c, "expert_compute", EXPERT_COMPUTES)
-    if c.expert_compute == "grouped" and c.method == "molora" and tp > 1:
-        raise ConfigError(
-            "expert_compute",
-            "grouped",
-            f"cannot sum MoLoRA's inner values over tensor_model_parallel_size={tp}",
-            "use expert_compute=auto",
-        )
-    if c.dispatch == "fastmoe" and c.method == "molora" and tp > 1:
-        raise ConfigError(
-            "dispatch",
-            "fastmoe",
-            f"cannot sum MoLoRA's inner values over tensor_model_parallel_size={tp}",
-            "use dispatch=all_to_all",
-        )
     if c.device not in ("auto", "cpu", "cuda"):
         raise ConfigError("device", c.device, "must be auto, cpu or cuda", "choose one of them")
     _check_one_of(c, "attention_implementation", ATTENTIONS)

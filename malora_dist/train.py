@@ -27,10 +27,12 @@ def main() -> None:
     check_versions()
     config = load_config(arguments.config, arguments.overrides)
     # torch and megatron take seconds to import: a wrong config is reported before.
+    from malora_dist.exchange.plan import check_exchange
     from malora_dist.parallel import topology as layout
     from malora_dist.parallel.device import without_expected_warnings
 
     config.validate(layout.world_size_from_env())
+    check_exchange(config)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with without_expected_warnings():
         topology = layout.initialize(config, config.seed)

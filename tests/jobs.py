@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from malora_dist.config import Config, load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
-from tests.oracle import start_of_up_projection
+from tests.oracle import random_start
 
 Shard = tuple[tuple[slice, ...], tuple[int, ...], Tensor]
 
@@ -48,11 +48,11 @@ def _adapter_shards(trainer: Any) -> dict[str, tuple[Any, tuple[slice, ...], tup
     return found
 
 
-def _randomise_up_projections(trainer: Any) -> None:
-    """B starts at zero; parity tests start it at :func:`tests.oracle.start_value`, on every layout."""
+def _randomise_zeros(trainer: Any) -> None:
+    """Parity tests start what starts at zero at :func:`tests.oracle.random_start`, on every layout."""
     for key, (parameter, where, shape) in _adapter_shards(trainer).items():
-        if key.split(".")[-1].startswith("B"):
-            parameter.data.copy_(start_of_up_projection(trainer.config.seed, key, shape)[where])
+        if not parameter.any():
+            parameter.data.copy_(random_start(trainer.config.seed, key, shape)[where])
 
 
 def _keep_dropout_masks(trainer: Any, masks: list[tuple[str, str, Tensor]]) -> None:
@@ -93,7 +93,7 @@ def train_and_record(
             changes.enter_context(importlib.import_module("tests.sabotage").apply(sabotage))
         if mixed_dispatch:
             by_turns = ["gather_experts", "all_to_all"] * 2
-            changes.enter_context(mock.patch("malora_dist.exchange.factory.cheaper_dispatch", side_effect=by_turns))
+            changes.enter_context(mock.patch("malora_dist.exchange.plan.cheapest_exchange", side_effect=by_turns))
         return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
 
 
@@ -103,7 +103,7 @@ def _train_and_record(
     trainer = _trainer(overrides)
     try:
         if randomise:
-            _randomise_up_projections(trainer)
+            _randomise_zeros(trainer)
         result: dict[str, Any] = {"losses": [], "grad_norms": [], "grads": [], "input_grads": [], "masks": []}
         if keep_masks:
             _keep_dropout_masks(trainer, result["masks"])
@@ -175,14 +175,14 @@ def train_with_cli(overrides: list[str], forget_optimizer: bool = False) -> list
 def dispatch_and_combine(
     dispatch: str, num_experts: int, z: list[Tensor], experts: list[Tensor], gates: list[Tensor], weights: Tensor
 ) -> dict[str, Tensor]:
-    """One dispatcher on handmade routing: expert e multiplies its rows by ``weights[e]`` [Z, M].
+    """One exchange on handmade routing: expert e multiplies its rows by ``weights[e]`` [D, O].
 
     Returns the combined output of this rank's tokens and the gradients of z, gates and this
     rank's weights for the loss sum(y^2) over all ranks.
     """
-    from malora_dist.exchange.factory import make_dispatcher
-    from malora_dist.exchange.fastmoe import FastMoEDispatcher
-    from malora_dist.methods.maths import Routing
+    from malora_dist.exchange.base import EXCHANGES
+    from malora_dist.exchange.fastmoe import FastMoE
+    from malora_dist.methods.routing import Routing
     from tests.fmoe_double import FmoeFunctionsDouble
 
     config = Config(expert_model_parallel_size=layout.world_size_from_env(), device="cpu")
@@ -190,29 +190,31 @@ def dispatch_and_combine(
     try:
         if dispatch == "fastmoe":
             double = FmoeFunctionsDouble()
-            dispatcher: Any = FastMoEDispatcher(num_experts, topology.ep_group, topology.device, functions=double)
+            exchange: Any = FastMoE(num_experts, topology.ep_group, topology.device, functions=double)
         else:
-            dispatcher = make_dispatcher(dispatch, num_experts, topology.ep_group, topology.device)
+            exchange = EXCHANGES[dispatch](num_experts, topology.ep_group, topology.device)
         local = num_experts // topology.ep_size
         mine = weights[topology.ep_rank * local : (topology.ep_rank + 1) * local].clone().requires_grad_()
         own_z = z[topology.rank].clone().requires_grad_()
         own_gates = gates[topology.rank].clone().requires_grad_()
         indices = experts[topology.rank]
         probs = torch.zeros(own_z.shape[0], num_experts)
-        [tokens] = dispatcher.dispatch([own_z], [Routing(own_gates, indices, probs)])
-        y_W = torch.einsum("wz,wjzm,wj->wm", tokens.rows_WZ, mine[tokens.experts_WJ], tokens.gates_WJ)
-        rows, token_of_row = dispatcher.send_back(y_W, tokens)()
-        y = own_z.new_zeros(own_z.shape[0], rows.shape[1]).index_add(0, token_of_row, rows)
+        [arrived] = exchange.dispatch([own_z], [Routing(own_gates, indices, probs)])
+        rows, gates_TK, experts_TK = arrived.tokens
+        y_rows = torch.einsum("wz,wjzm,wj->wm", rows, mine[experts_TK], gates_TK)
+        back, token_of_row = exchange.send_back(y_rows, arrived)()
+        y = own_z.new_zeros(own_z.shape[0], back.shape[1]).index_add(0, token_of_row, back)
         y.square().sum().backward()
         return {"y": y.detach(), "z": own_z.grad, "gates": own_gates.grad, "weights": mine.grad,
-                "rows": torch.tensor(tokens.rows_WZ.shape[0])}  # fmt: skip
+                "rows": torch.tensor(rows.shape[0])}  # fmt: skip
     finally:
         layout.destroy()
 
 
 def order_of_work() -> tuple[list[str], list[str]]:
     """What one adapted linear does forward and backward: rows "start" and "arrive" around the frozen "gemm"."""
-    from malora_dist.kernels.experts import Columns, add_rows
+    from malora_dist.kernels.columns import Columns
+    from malora_dist.kernels.experts import add_rows
     from malora_dist.parallel import collectives
 
     topology = layout.initialize(Config(device="cpu"))
@@ -257,7 +259,7 @@ def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
         b, s = token_ids.shape
         for chunk in trainer.ddp:
             chunk.eval()
-        trainer.plan.gathered.start()
+        trainer.plan.begin_step()
         with torch.no_grad():
             logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids)[None])
         return {"before": before, "after": after, "logits": logits}

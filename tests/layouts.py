@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from malora_dist.methods.spec import METHODS
-
-MIXTURES = ("molora", "malora")
+#: Compared on every layout; malora_dist/methods/ has ablations besides.
+METHODS = ("lora", "asymmetric_lora", "dora", "molora", "mo_asymmetric_lora", "hydralora", "malora")
+MIXTURES = ("molora", "mo_asymmetric_lora", "hydralora", "malora")
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,15 @@ from transformers import LlamaForCausalLM
 
 from malora_dist.config import TrainConfig
 from malora_dist.data.batches import Microbatch
-from malora_dist.methods import maths
+from malora_dist.methods.initial import initial_parameter
+from malora_dist.methods.reference import adapted_forward
+from malora_dist.methods.routing import router_logits
 from malora_dist.methods.spec import AdapterSpec
-from malora_dist.methods.start import initial_parameter, keyed_generator
+from malora_dist.methods.start import keyed_generator
 
 
-def start_of_up_projection(seed: int, key: str, shape: Sequence[int]) -> Tensor:
-    """The start of B in parity tests: random instead of zero, so that every gradient is alive."""
+def random_start(seed: int, key: str, shape: Sequence[int]) -> Tensor:
+    """The start in parity tests of what starts at zero, so that every gradient is alive."""
     return 0.1 * torch.randn(tuple(shape), generator=keyed_generator(seed, "test B", key))
 
 
@@ -60,44 +62,55 @@ class OracleRun:
         self.valid_BS: Tensor | None = None
         self.margin = float("inf")
         for i, layer in enumerate(self.model.model.layers):
-            for name, group in spec.adapter_groups:
-                for projection in group:
+            for name, projections in spec.adapters:
+                for projection in projections:
                     linear = getattr(layer.self_attn if projection[0] in "qkvo" else layer.mlp, projection)
-                    self._make_parameters(i, name, group, projection, linear, seed)
-                    linear.register_forward_hook(self._hook(f"layers.{i}.{name}", group, projection))
+                    own = {
+                        declared: f"layers.{i}.{name}.{key}"
+                        for key, (declared, served) in spec.stored_parameters(projections).items()
+                        if projection in served
+                    }
+                    self._make_parameters(i, name, own, linear, seed)
+                    linear.register_forward_hook(
+                        self._hook(f"layers.{i}.{name}", own, is_first=projection == projections[0])
+                    )
 
     def _make_parameters(
-        self, layer: int, name: str, group: Sequence[str], projection: str, linear: torch.nn.Linear, seed: int
+        self, layer: int, adapter: str, names: Mapping[str, str], linear: torch.nn.Linear, seed: int
     ) -> None:
-        for kind in self.spec.parameter_names:
-            key = f"layers.{layer}.{name}.{self.spec.stored_name(kind, projection, group)}"
-            widths = linear.in_features, linear.out_features
-            if kind == "B":
-                value = start_of_up_projection(seed, key, self.spec.parameter_shape(kind, *widths))
-            else:
-                value = initial_parameter(self.spec, kind, *widths, seed, layer, name)
-            self.params.setdefault(key, value.requires_grad_(kind not in self.spec.frozen_names))
+        method = self.spec.declared
+        starts = {}
+        for declared, key in names.items():
+            value = initial_parameter(method, declared, linear.in_features, linear.out_features, seed, layer, adapter)
+            if method.parameters[declared].from_norms:
+                value = method.squared_norms(starts, linear.weight).sqrt()
+            starts[declared] = value  # zero still where it starts at zero, as the norms want it
+            self.params.setdefault(key, value.clone())
+        for declared, key in names.items():
+            if not starts[declared].any():
+                self.params[key] = random_start(seed, key, starts[declared].shape)
+            self.params[key].requires_grad_(method.is_trained(declared))
 
-    def _hook(self, site: str, group: Sequence[str], projection: str) -> Any:
-        names = {kind: f"{site}.{self.spec.stored_name(kind, projection, group)}" for kind in self.spec.parameter_names}
+    def _hook(self, site: str, names: Mapping[str, str], is_first: bool) -> Any:
+        method = self.spec.declared
 
-        def hook(_module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(linear: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             (x_BSI,) = args
-            params = {kind: self.params[key] for kind, key in names.items()}
+            params = {declared: self.params[key] for declared, key in names.items()}
             x_TI = x_BSI.flatten(0, 1)
             assert self.valid_BS is not None
             mask_BSI = self.dropout_masks.get((*self.place, site))
             dropped_x_TI = None if mask_BSI is None else x_TI * mask_BSI.flatten(0, 1)
             # megatron flattens [s, b]; tokens are independent, so [b, s] gives the same sums.
-            delta, aux = maths.adapter_forward(self.spec, params, x_TI, self.valid_BS.flatten(), dropped_x_TI)
-            if projection == group[0]:  # one router, one loss
+            y, aux = adapted_forward(method, params, x_TI, linear.weight, self.valid_BS.flatten(), dropped_x_TI)
+            if is_first:  # one router, one loss
                 self.aux.append(aux)
-            if self.spec.is_mixture:
-                probs = maths.router_logits(x_BSI.detach(), params["router"]).softmax(-1)
+            if method.is_mixture():
+                probs = router_logits(x_BSI.detach(), params["router"]).softmax(-1)
                 top = probs[self.valid_BS].topk(min(self.spec.topk + 1, self.spec.num_experts)).values
                 if top.shape[-1] > self.spec.topk:
                     self.margin = min(self.margin, float((top[:, -2] - top[:, -1]).min().detach()))
-            return output + delta.view_as(output)
+            return y.view_as(output)
 
         return hook
 
@@ -105,8 +118,10 @@ class OracleRun:
         """AdamW over ``steps``, each a list of the global batch's microbatches."""
         record = Record()
         trainable = {key: p for key, p in self.params.items() if p.requires_grad}
+        decays = {"params": [p for p in trainable.values() if p.dim() > 1], "weight_decay": config.weight_decay}
+        vectors = {"params": [p for p in trainable.values() if p.dim() == 1], "weight_decay": 0.0}  # megatron's rule
         optimizer = torch.optim.AdamW(
-            trainable.values(), config.lr, (config.adam_beta1, config.adam_beta2), config.adam_eps, config.weight_decay
+            [decays, vectors], config.lr, (config.adam_beta1, config.adam_beta2), config.adam_eps
         )
         for step, microbatches in enumerate(steps):
             optimizer.zero_grad()

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from malora_dist.exchange.cost import AdapterShape, cheaper_dispatch, expected_ranks
 from torch import Tensor
 
 from malora_dist.errors import BackendUnavailableError
-from malora_dist.exchange.cost import AdapterShape, cheaper_dispatch, expected_ranks
 from malora_dist.exchange.fastmoe import load_fmoe_functions
 from malora_dist.methods.spec import AdapterSpec
 from tests.workers import WorkerPool

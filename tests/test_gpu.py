@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_real_fmoe_agrees_with_the_local_dispatcher() -> None:
     """fastmoe's own scatter and gather on one rank: output and gradients of z and gates."""
     pytest.importorskip("fmoe", reason="fmoe is not installed (it is built from source)")
-    from malora_dist.config import Config
     from malora_dist.exchange.factory import make_dispatcher
+
+    from malora_dist.config import Config
     from malora_dist.parallel import topology as layout
 
     device = torch.device("cuda", 0)

@@ -27,9 +27,8 @@ from malora_dist.config import Config, load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
-from malora_dist.methods.spec import METHODS
 from tests.conftest import write_llama
-from tests.layouts import LAYOUTS, Layout, find
+from tests.layouts import LAYOUTS, METHODS, Layout, find
 from tests.oracle import OracleRun, Record
 from tests.workers import WorkerPool
 

@@ -39,11 +39,7 @@ from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 ADAPTER_FILE = "adapter.json"
-FORMAT_VERSION = 1
-
-#: Fields in which a resumed run has to equal the checkpoint: together they are the adapter's function.
-_IDENTITY = ("method", "target_modules", "lora_rank", "lora_alpha", "use_rslora", "fuse_projections")
-_IDENTITY_OF_MIXTURES = ("num_lora_experts", "topk", "shared_dim", "rank_expansion", "norm_topk_prob")
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,7 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+        _refuse_former_malora(file, raw)
         if raw["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"{file}: format_version={raw['format_version']!r}, this version reads {FORMAT_VERSION}; "
@@ -101,6 +98,18 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
         )
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
+
+
+def _refuse_former_malora(file: Path, raw: dict[str, Any]) -> None:
+    """Version 1 had a rank expansion, and MALoRA of another form; its other methods are what they were."""
+    if raw["format_version"] == 1:
+        expansion = raw["spec"].pop("rank_expansion", None)
+        if raw["spec"]["method"] == "malora":
+            raise CheckpointError(
+                f"{file}: rank_expansion={expansion!r}: is MALoRA in a former form of this project, not the paper's; "
+                "train it again, or use the version that wrote it"
+            )
+        raw["format_version"] = FORMAT_VERSION
 
 
 def write_adapter_info(directory: Path, info: AdapterInfo) -> None:
@@ -129,8 +138,7 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
             f"{info.base_fingerprint[:12]}) than pretrained_checkpoint holds ({base.hf_model_name_or_path}, "
             f"fingerprint {base.fingerprint[:12]}); name that base"
         )
-    for key in (*_IDENTITY, *(_IDENTITY_OF_MIXTURES if info.spec.is_mixture else ())):
-        saved = info.spec.projections if key == "target_modules" else getattr(info.spec, key)
+    for key, saved in info.spec.identity().items():
         wanted = spec.projections if key == "target_modules" else getattr(spec, key)
         if saved != wanted:
             raise CheckpointError(

@@ -40,7 +40,7 @@ def with_base(adapter: AdapterWeights, base: Path) -> AdapterWeights:
     shapes = {key.split(".")[-2]: shape for hf_shapes in weights for key, shape in hf_shapes.items()}
     for (layer, projection, name), tensor in adapter.tensors.items():
         out_features, in_features = shapes[projection]
-        expected = adapter.spec.parameter_shape(name, in_features, out_features)
+        expected = adapter.spec.declared.shape(name, in_features, out_features)
         if tuple(tensor.shape) != expected:
             raise CheckpointError(
                 f"{base}: its {projection} is {in_features} -> {out_features}, for which layers.{layer}.{projection}."

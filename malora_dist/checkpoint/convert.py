@@ -199,7 +199,7 @@ class AdapterWeights:
 
     Attributes:
         tensors: {(0-based layer, Hugging Face projection, parameter name): tensor}, shapes as
-            ``AdapterSpec.parameter_shape``.
+            ``Method.shape``.
     """
 
     spec: AdapterSpec
@@ -249,13 +249,11 @@ def write_megatron_files(directory: Path) -> None:
 def stored_parameters(spec: AdapterSpec) -> dict[str, tuple[str, tuple[str, ...]]]:
     """{key of the stacked tensor in a checkpoint: (parameter, projections that it belongs to)}."""
     stored: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for group, projections in spec.adapter_groups:
+    for adapter, projections in spec.adapters:
         linear = next(linear for linear, fused in MEGATRON_LINEARS.items() if projections[0] in fused)
         block = "mlp" if linear.startswith("linear_fc") else "self_attention"
-        for name in spec.parameter_names:
-            for holders in [(p,) for p in projections] if name == "B" else [projections]:
-                key = spec.stored_name(name, holders[0], projections)
-                stored[f"decoder.layers.{block}.{linear}.adapters.{group}.{key}"] = (name, holders)
+        prefix = f"decoder.layers.{block}.{linear}.adapters.{adapter}"
+        stored |= {f"{prefix}.{key}": served for key, served in spec.stored_parameters(projections).items()}
     return stored
 
 

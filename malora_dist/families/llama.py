@@ -30,14 +30,14 @@ from transformers import LlamaConfig
 
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
-from malora_dist.exchange.cost import AdapterShape
+from malora_dist.exchange.base import Site
 from malora_dist.families.hf_config import rope_inv_freq
 from malora_dist.layers.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, is_adapter_key
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import SdpaAttention
 from malora_dist.layers.elementwise import RotaryAttention, SwiGLU
 from malora_dist.layers.routing_context import RoutingContext
-from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
+from malora_dist.methods.spec import MEGATRON_LINEARS
 from malora_dist.parallel.topology import Topology
 
 
@@ -246,17 +246,25 @@ def projection_widths(hf: LlamaConfig) -> dict[str, tuple[int, int]]:
 _COLUMN = ("linear_qkv", "linear_fc1")
 
 
-def adapter_shapes(hf: LlamaConfig, spec: AdapterSpec, tp_size: int) -> dict[str, list[AdapterShape]]:
-    """The adapters of one layer by megatron's name of their linear, what the choice of a dispatcher asks for."""
+def adapter_sites(hf: LlamaConfig, config: Config, topology: Topology) -> dict[str, list[Site]]:
+    """The adapters of one layer by megatron's name of their linear, what the choice of an exchange asks for."""
     widths = projection_widths(hf)
-    shapes: dict[str, list[AdapterShape]] = {}
-    for linear, fused in MEGATRON_LINEARS.items():
-        for _, group in spec.adapter_groups:
-            if group[0] in fused:
-                out_features = sum(widths[projection][1] for projection in group)
-                shape = AdapterShape(widths[group[0]][0], out_features, linear in _COLUMN, tp_size)
-                shapes.setdefault(linear, []).append(shape)
-    return shapes
+    tokens = max(1, config.global_batch_size * config.seq_length // topology.dp_size)
+    sites: dict[str, list[Site]] = {}
+    for _, projections in config.adapters:
+        linear = next(linear for linear, fused in MEGATRON_LINEARS.items() if projections[0] in fused)
+        site = Site(
+            method=config.declared,
+            in_features=widths[projections[0]][0],
+            out_features=sum(widths[projection][1] for projection in projections),
+            style="column" if linear in _COLUMN else "row",
+            tensor_parallel=topology.tp_size,
+            expert_parallel=topology.ep_size,
+            tokens=tokens,
+            itemsize=2 if config.bf16 else 4,
+        )
+        sites.setdefault(linear, []).append(site)
+    return sites
 
 
 def _linear(name: str, hf: LlamaConfig, settings: AdapterSettings, layer_number: int) -> type | ModuleSpec:
@@ -273,8 +281,8 @@ def _linear(name: str, hf: LlamaConfig, settings: AdapterSettings, layer_number:
     }
     if not column:
         return ModuleSpec(module=AdaptedRowParallelLinear, params=params)
-    groups = hf.num_key_value_heads if name == "linear_qkv" else 1
-    return ModuleSpec(module=AdaptedColumnParallelLinear, params={**params, "groups": groups})
+    blocks = hf.num_key_value_heads if name == "linear_qkv" else 1
+    return ModuleSpec(module=AdaptedColumnParallelLinear, params={**params, "blocks": blocks})
 
 
 def layer_spec(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum
 
 from peft.config import PeftConfig
@@ -10,7 +10,8 @@ from peft.config import PeftConfig
 from malora_dist.errors import ConfigError
 from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
 
-METHODS = ("molora", "malora")
+#: What a config or checkpoint of MALoRA's former form is answered.
+FORMER_MALORA = "is MALoRA in a former form of this project, not the paper's"
 
 
 class MaloraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own PeftType; StrEnum prints without the class name
@@ -35,16 +36,20 @@ class MaloraConfig(PeftConfig, AdapterSpec):
     )
     base_fingerprint: str = field(default="", metadata={"help": "fingerprint of the base the adapter was trained on"})
     seed: int = field(default=1234, metadata={"help": "seeds the start values"})
+    rank_expansion: InitVar[float | None] = None  # in files of the former form, to be refused
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, rank_expansion: float | None) -> None:
         super().__post_init__()
+        AdapterSpec.__post_init__(self)
         self.peft_type = MaloraPeftType.MALORA
-        if self.method not in METHODS:
+        if rank_expansion is not None and self.method == "malora":
+            raise ConfigError("rank_expansion", rank_expansion, FORMER_MALORA, "train it again")
+        if self.declared.peft is not None:
             raise ConfigError(
                 "method",
                 self.method,
-                f"must be {' or '.join(METHODS)} in a MaloraConfig",
-                "use peft.LoraConfig for the methods without a router",
+                "is a LoRA that PEFT knows itself, a MaloraConfig is for methods with a router",
+                f"use peft.LoraConfig(use_dora={self.declared.peft.use_dora})",
             )
         if self.fuse_projections:
             raise ConfigError(

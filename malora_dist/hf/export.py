@@ -1,7 +1,7 @@
 """Writing a trained adapter as a PEFT directory: adapter_config.json + adapter_model.safetensors.
 
-lora and asymmetric_lora become ordinary PEFT LoRA, which stock PEFT loads without this package;
-molora and malora become this package's tuner (``import malora_dist.hf`` before loading).
+Methods without a router become ordinary PEFT LoRA or DoRA, which stock PEFT loads without this package;
+the others become this package's tuner (``import malora_dist.hf`` before loading).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def write_peft_adapter(
     Args:
         directory: new, empty, or an earlier export, which is replaced.
         tensors: every parameter of every adapted projection of every layer, unsharded, shaped as
-            :meth:`AdapterSpec.parameter_shape`. Layers have to be numbered without gaps.
+            :meth:`Method.shape`. Layers have to be numbered without gaps.
         base_model_name_or_path: where PEFT finds the base.
-        base_fingerprint: kept in the safetensors metadata with the method, and in the config of molora and malora.
+        base_fingerprint: kept in the safetensors metadata with the method, and in the config of methods with a router.
 
     Raises:
         CheckpointError: missing, unexpected or misshapen tensors (all listed), or a directory that
@@ -66,7 +66,8 @@ def write_peft_adapter(
 
 
 def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerprint: str) -> PeftConfig:
-    if spec.is_mixture:
+    peft = spec.declared.peft
+    if peft is None:
         return MaloraConfig(
             **spec.adapter_fields() | {"fuse_projections": False},
             task_type="CAUSAL_LM",
@@ -75,9 +76,10 @@ def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerpri
             base_fingerprint=base_fingerprint,
         )
     config = LoraConfig(
-        r=spec.lora_rank,
+        r=spec.declared.rank,
         lora_alpha=spec.lora_alpha,  # type: ignore[arg-type] # annotated int, but any number works
         use_rslora=spec.use_rslora,
+        use_dora=peft.use_dora,
         lora_dropout=spec.lora_dropout,
         task_type="CAUSAL_LM",
         inference_mode=True,

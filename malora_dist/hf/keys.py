@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
@@ -25,7 +26,8 @@ _SHOWN = 8
 def saved_key(spec: AdapterSpec, layer_number: int, projection: str, name: str) -> str:
     """Key of one tensor in adapter_model.safetensors, e.g. ``....q_proj.malora_S`` or ``....q_proj.lora_A.weight``."""
     block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    suffix = f"malora_{name}" if spec.is_mixture else f"lora_{name}.weight"
+    peft = spec.declared.peft
+    suffix = f"malora_{name}" if peft is None else peft.names[name]
     return f"{SAVED_PREFIX}model.layers.{layer_number}.{block}.{projection}.{suffix}"
 
 
@@ -35,16 +37,21 @@ def check_complete(source: str, spec: AdapterSpec, tensors: Mapping[TensorKey, T
     Raises:
         CheckpointError: as :func:`check_tensors`, with keys such as ``layers.0.q_proj.B``.
     """
+    method = spec.declared
     layers = range(max((layer for layer, _, _ in tensors), default=0) + 1)
-    input_name = "S" if spec.method == "malora" else "A"
     expected: dict[str, tuple[int, ...]] = {}
     for projection in spec.projections:
-        inputs = [tensors[i, projection, input_name] for i in layers if (i, projection, input_name) in tensors]
-        outputs = [tensors[i, projection, "B"] for i in layers if (i, projection, "B") in tensors]
-        in_features = inputs[0].shape[-1] if inputs and inputs[0].dim() else 0
-        out_features = outputs[0].shape[-2] if outputs and outputs[0].dim() > 1 else 0
-        for name in spec.parameter_names:
-            shape = spec.parameter_shape(name, in_features, out_features)
+
+        def width(axis: str, projection: str = projection) -> int:
+            """Of the first tensor that shows it; 0 if none does."""
+            for i, (name, param) in itertools.product(layers, method.parameters.items()):
+                tensor = tensors.get((i, projection, name))
+                if axis in param.axes and tensor is not None and tensor.dim() == len(param.axes):
+                    return tensor.shape[param.axes.index(axis)]
+            return 0
+
+        for name in method.parameters:
+            shape = method.shape(name, width("in"), width("out"))
             expected |= {_readable((i, projection, name)): shape for i in layers}
     check_tensors(source, expected, {_readable(key): t.shape for key, t in tensors.items()}, cure)
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from malora_dist.errors import MaloraError
 from malora_dist.hf.config import MaloraConfig
-from malora_dist.kernels.experts import Columns, add_experts, project_and_score
-from malora_dist.methods import maths
-from malora_dist.methods.maths import Routing
-from malora_dist.methods.start import initial_parameter
-
-PARAMETERS = ("router", "S", "P", "A", "B")
+from malora_dist.kernels.columns import Columns
+from malora_dist.kernels.experts import ExpertWeights, Tokens, add_experts
+from malora_dist.kernels.project import project_and_score
+from malora_dist.methods.base import METHODS
+from malora_dist.methods.initial import initial_parameter
+from malora_dist.methods.reference import sum_over_experts
+from malora_dist.methods.routing import Routing, dense_gates, route
 
 
 class RoutedTokens(NamedTuple):
@@ -31,11 +32,11 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     """Wraps a linear and adds the active adapters' output to it.
 
     Parameters lie in ParameterDicts keyed by adapter name, one per kind (``malora_S`` and so on),
-    all experts in one tensor, shaped as :meth:`AdapterSpec.parameter_shape`, float32 whatever the
+    all experts in one tensor, shaped as :meth:`Method.shape`, float32 whatever the
     base's dtype.
     """
 
-    adapter_layer_names = tuple(f"malora_{name}" for name in PARAMETERS)
+    adapter_layer_names: tuple[str, ...] = ()  # of each layer, one per parameter that any method declares
     other_param_names = ("adapter_configs",)
 
     #: Where forward notes its routings while the tuner wants the load-balancing loss. The loss itself
@@ -47,6 +48,8 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.adapter_configs: dict[str, MaloraConfig] = {}
+        declared = {name: None for method in METHODS.values() for name in method.parameters}
+        self.adapter_layer_names = tuple(f"malora_{name}" for name in declared)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self._disable_adapters = False
@@ -63,11 +66,14 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         assert isinstance(base, nn.Linear)
         self.adapter_configs[adapter_name] = config
-        for name in config.parameter_names:
+        method = config.declared
+        method.check_widths(projection, base.in_features, base.out_features)
+        for name in method.parameters:
             value = initial_parameter(
-                config, name, base.in_features, base.out_features, config.seed, layer_number, projection
+                method, name, base.in_features, base.out_features, config.seed, layer_number, projection
             )
-            getattr(self, f"malora_{name}")[adapter_name] = nn.Parameter(value.to(base.weight.device))
+            parameter = nn.Parameter(value.to(base.weight.device), requires_grad=method.is_trained(name))
+            getattr(self, f"malora_{name}")[adapter_name] = parameter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters'. x [..., n] -> [..., m], in the base output's dtype."""
@@ -84,23 +90,23 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
     def _add(self, adapter_name: str, x: Tensor, result: Tensor) -> Tensor:
         """Add one adapter's output to the base's, in place."""
         config = self.adapter_configs[adapter_name]
-        params = {name: getattr(self, f"malora_{name}")[adapter_name] for name in config.parameter_names}
+        method = config.declared
+        params = {name: getattr(self, f"malora_{name}")[adapter_name] for name in method.parameters}
         # Autocast would also take the router to the low precision: it is off, and the experts run in the
         # dtype the base has just computed in (x's own dtype, or autocast's).
         with torch.autocast(x.device.type, enabled=False):
-            z_TZ, logits_TN = self._project(config, params, x.reshape(-1, x.shape[-1]), result.dtype)
-            routing = maths.route(logits_TN, config.topk, config.norm_topk_prob)
-            result = add_experts(
-                "auto",
-                result,
-                z_TZ,
-                routing.gates_TK,
-                routing.experts_TK,
-                params["P" if config.method == "malora" else "A"],
-                [params["B"]],
-                config.scaling,
-                Columns(1, 0, result.shape[-1]),
-            )
+            z_TD, logits_TN = self._project(config, params, x.reshape(-1, x.shape[-1]), result.dtype)
+            routing = route(logits_TN, config.topk, config.norm_topk_prob)
+            if method.chain is not None:
+                down = None if method.chain.down is None else params[method.chain.down]
+                weights = ExpertWeights(down, [params[method.chain.up]], 1, method.scaling)
+                tokens = Tokens(z_TD, routing.gates_TK, routing.experts_TK)
+                result = add_experts("auto", result, Columns(1, 0, result.shape[-1]), tokens, weights)
+            else:
+                p = {name: parameter.to(z_TD.dtype) for name, parameter in params.items()}
+                gates_TN = dense_gates(routing.gates_TK, routing.experts_TK, method.num_experts)
+                v = sum_over_experts(method, p, z_TD, gates_TN)
+                result = result + (method.combine(p, v) * method.scaling).view_as(result)
         if self.routing_log is not None:
             self.routing_log.append(RoutedTokens(config, routing, params["router"].requires_grad))
         return result
@@ -111,10 +117,12 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         """z of x after dropout, in `dtype`, and the router's logits of x itself; one read where both are the same."""
         drops = self.training and config.lora_dropout > 0
         dropped_x_TI = (F.dropout(x_TI, config.lora_dropout) if drops else x_TI).to(dtype)
-        if config.method == "malora" and dropped_x_TI is x_TI:
-            return project_and_score(x_TI, params["S"], params["router"])
+        chain = config.declared.chain
+        if chain is not None and chain.project is not None and dropped_x_TI is x_TI:
+            return project_and_score(x_TI, params[chain.project], params["router"])
         _, logits_TN = project_and_score(x_TI, x_TI.new_empty(0, x_TI.shape[1]), params["router"])
-        return maths.project(config, params, dropped_x_TI), logits_TN
+        p = {name: parameter.to(dtype) for name, parameter in params.items()}
+        return config.declared.project(p, dropped_x_TI), logits_TN
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.

@@ -17,13 +17,13 @@ from malora_dist.errors import ConfigError
 from malora_dist.hf.config import MaloraConfig
 from malora_dist.hf.keys import SAVED_PREFIX, check_tensors
 from malora_dist.hf.layer import MaloraLayer, RoutedTokens, unmergeable
-from malora_dist.methods import maths
+from malora_dist.methods.routing import load_balancing_loss, routing_sums
 
 _IGNORED_LABEL = -100
 
 
 class MaloraModel(BaseTuner):
-    """MoLoRA and MALoRA for ``peft.get_peft_model``; see :class:`MaloraConfig`.
+    """The methods with a router for ``peft.get_peft_model``; see :class:`MaloraConfig`.
 
     In training mode, with labels, the load-balancing losses of all adapted linears join
     ``outputs.loss``. Gradient checkpointing has to be non-reentrant.
@@ -118,7 +118,7 @@ class MaloraModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         present = {key: value.shape for key, value in model.state_dict().items()}
         found = {key if key in present else key.removeprefix(SAVED_PREFIX): v.shape for key, v in remapped.items()}
-        suffixes = tuple(f".{cls.prefix}{name}.{adapter_name}" for name in config.parameter_names)
+        suffixes = tuple(f".{cls.prefix}{name}.{adapter_name}" for name in config.declared.parameters)
         # Beside the adapter itself a checkpoint may hold modules_to_save and resized embeddings of the model.
         expected = {key: shape for key, shape in present.items() if key.endswith(suffixes) or key in found}
         check_tensors(
@@ -141,7 +141,7 @@ def _auxiliary_loss(
                 'set gradient_checkpointing_kwargs={"use_reentrant": False}',
             )
         valid_T = _valid_tokens(attention_mask, batch_size, routing.probs_TN)
-        total = total + maths.load_balancing_loss(config, *maths.routing_sums(routing, valid_T)).to(device)
+        total = total + load_balancing_loss(config.declared, *routing_sums(routing, valid_T)).to(device)
     return total
 
 

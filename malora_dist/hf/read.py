@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.hf.config import MaloraPeftType
+from malora_dist.hf.config import FORMER_MALORA, MaloraPeftType
 from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
 from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
 
@@ -37,7 +37,7 @@ class PeftAdapter:
     """A PEFT adapter, complete and of known shapes.
 
     Attributes:
-        tensors: shaped as :meth:`AdapterSpec.parameter_shape`, float32 or the 16-bit dtype of the file.
+        tensors: shaped as :meth:`Method.shape`, float32 or the 16-bit dtype of the file.
         base_fingerprint: "" if the directory does not tell.
     """
 
@@ -51,7 +51,7 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
     """Read all of an adapter.
 
     Raises:
-        CheckpointError: not a PEFT adapter, another method than this project's four, a setting
+        CheckpointError: not a PEFT adapter, not a method of this project, a setting
             that the spec has no word for, or missing, unexpected or misshapen tensors (all listed).
     """
     raw = _read_config(directory)
@@ -62,7 +62,7 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
         saved_key(spec, layer, projection, name): (layer, projection, name)
         for layer in range(max(numbers, default=0) + 1)
         for projection in spec.projections
-        for name in spec.parameter_names
+        for name in spec.declared.parameters
     }
     unexpected = sorted(found.keys() - expected.keys())
     if unexpected:
@@ -118,13 +118,17 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
     file = directory / CONFIG_NAME
     peft_type = raw.get("peft_type")
     if peft_type == MaloraPeftType.MALORA:
+        expansion = raw.pop("rank_expansion", None)
+        if expansion is not None and raw.get("method", "malora") == "malora":
+            raise CheckpointError(f"{file}: rank_expansion={expansion!r}: {FORMER_MALORA}; train it again")
         names = {f.name for f in dataclasses.fields(AdapterSpec)} - {"fuse_projections"}
         fields = {name: raw[name] for name in names if name in raw}
         refused = {k: v for k, v in raw.items() if v and k not in names | _NEUTRAL_FIELDS}
     elif peft_type == "LORA":
         defaults = LoraConfig().to_dict()
         fields = {ours: raw.get(theirs, defaults[theirs]) for ours, theirs in _LORA_FIELDS.items()}
-        fields |= {"method": metadata.get(METADATA_METHOD, "lora"), "target_modules": raw.get("target_modules")}
+        stock = "dora" if raw.get("use_dora") else "lora"
+        fields |= {"method": metadata.get(METADATA_METHOD, stock), "target_modules": raw.get("target_modules")}
         refused = _refused_lora_fields(raw, defaults)
     else:
         raise CheckpointError(f"{file}: peft_type={peft_type!r}, must be LORA or MALORA; only these can be imported")
@@ -146,7 +150,7 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
 
 def _refused_lora_fields(raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a LoRA that its A and B alone do not tell; PEFT's defaults and empty values are none."""
-    read = _NEUTRAL_FIELDS | {*_LORA_FIELDS.values(), "target_modules", "init_lora_weights"}
+    read = _NEUTRAL_FIELDS | {*_LORA_FIELDS.values(), "target_modules", "init_lora_weights", "use_dora"}
     refused = {k: v for k, v in raw.items() if v and k not in read and v != defaults.get(k)}
     if raw.get("init_lora_weights") not in _LORA_STARTS:
         refused["init_lora_weights"] = raw["init_lora_weights"]

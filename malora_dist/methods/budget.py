@@ -1,10 +1,11 @@
-"""Trainable parameters of a method on a model, and the settings that reach a wanted saving."""
+"""Trainable parameters of a method on a model, the paper's rank rule, and settings that meet a budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from malora_dist.methods.spec import AdapterSpec
 
@@ -12,63 +13,74 @@ from malora_dist.methods.spec import AdapterSpec
 LayerWidths = Mapping[str, tuple[int, int]]
 
 
-def trainable_parameters(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1) -> dict[str, int]:
-    """Trainable parameters by kind (``router``, ``S``, ``A``, ``P``, ``B``), summed over the model."""
-    return {k: n for k, n in adapter_parameters(spec, widths, num_layers).items() if k not in spec.frozen_names}
-
-
 def adapter_parameters(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1) -> dict[str, int]:
-    """Adapter parameters by kind, the frozen ones included, summed over the model."""
-    return {
-        name: num_layers
-        * sum(
-            math.prod(spec.parameter_shape(name, *widths[projection]))
-            for _, group in spec.adapter_groups
-            for projection in (group if name == "B" else group[:1])
-        )
-        for name in spec.parameter_names
-    }
+    """Adapter parameters by name, the frozen ones included, summed over the model."""
+    counts = dict.fromkeys(spec.declared.parameters, 0)
+    for _, projections in spec.adapters:
+        for name, served in spec.stored_parameters(projections).values():
+            counts[name] += num_layers * math.prod(spec.declared.shape(name, *widths[served[0]]))
+    return counts
 
 
-def saving_over_molora(spec: AdapterSpec, widths: LayerWidths) -> float:
-    """1 - parameters(spec) / parameters(MoLoRA with the same N, r and targets), routers included."""
-    molora = dataclasses.replace(AdapterSpec(**spec.adapter_fields()), method="molora")
-    own, other = (sum(trainable_parameters(s, widths).values()) for s in (spec, molora))
-    return 1.0 - own / other
+def trainable_parameters(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1) -> dict[str, int]:
+    """Trainable parameters by name, summed over the model."""
+    counts = adapter_parameters(spec, widths, num_layers)
+    return {name: count for name, count in counts.items() if spec.declared.is_trained(name)}
 
 
-def solve_shared_dim(spec: AdapterSpec, widths: LayerWidths, saving: float) -> int:
-    """Largest shared_dim d that still saves at least ``saving`` over MoLoRA.
-
-    Raises:
-        ValueError: if not even d = 1 reaches it.
-    """
-    base = AdapterSpec(**{**spec.adapter_fields(), "method": "malora"})
-    best = 0
-    for d in range(1, base.num_lora_experts * base.lora_rank + 1):
-        if saving_over_molora(dataclasses.replace(base, shared_dim=d), widths) < saving:
-            break
-        best = d
-    if best == 0:
-        raise ValueError(
-            f"no shared_dim saves {saving:.1%} at rank_expansion={base.rank_expansion}: lower rank_expansion"
-        )
-    return best
+def total(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1, with_router: bool = True) -> int:
+    """All trainable parameters, with or without the routers, which the paper leaves out of some comparisons."""
+    counts = trainable_parameters(spec, widths, num_layers)
+    return sum(count for name, count in counts.items() if with_router or name != "router")
 
 
-def solve_rank_expansion(spec: AdapterSpec, widths: LayerWidths, saving: float) -> float:
-    """Largest rank_expansion beta (r' whole) that still saves at least ``saving`` over MoLoRA.
+class Ranks(NamedTuple):
+    """MALoRA's two widths."""
+
+    shared_dim: int
+    lora_rank: int
+
+
+def rank_rule(molora_rank: int, num_experts: int, share: float) -> Ranks:
+    """The paper's rule (section 3.3): MALoRA of about as many trainable parameters as MoLoRA of rank r.
+
+    d = lambda r N and r_bar = r + (1 - lambda) r.
+
+    Args:
+        share: lambda, in (0, 1].
 
     Raises:
-        ValueError: if not even r' = 1 reaches it.
+        ValueError: share is out of range.
     """
-    base = AdapterSpec(**{**spec.adapter_fields(), "method": "malora"})
-    best = 0
-    for rank in range(1, 4 * base.lora_rank + 1):
-        candidate = dataclasses.replace(base, rank_expansion=rank / base.lora_rank)
-        if saving_over_molora(candidate, widths) < saving:
-            break
-        best = rank
-    if best == 0:
-        raise ValueError(f"no rank_expansion saves {saving:.1%} at shared_dim={base.shared_dim}: lower shared_dim")
-    return best / base.lora_rank
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must lie in (0, 1]")
+    return Ranks(round(share * molora_rank * num_experts), round((2 - share) * molora_rank))
+
+
+def largest(spec: AdapterSpec, field: str, widths: LayerWidths, budget: int, num_layers: int = 1) -> AdapterSpec:
+    """The spec with the largest value of one of its widths that stays within a budget.
+
+    Args:
+        field: ``lora_rank`` or ``shared_dim``; with lora_rank the scaling s stays what it is.
+        budget: trainable parameters, routers included.
+
+    Raises:
+        ValueError: even 1 is too much.
+    """
+    scaling = spec.declared.alpha / spec.declared.rank
+
+    def with_value(value: int) -> AdapterSpec:
+        changes = {"lora_rank": value, "lora_alpha": scaling * value} if field == "lora_rank" else {field: value}
+        return dataclasses.replace(spec, **changes)
+
+    fits, exceeds = 0, 1
+    while total(with_value(exceeds), widths, num_layers) <= budget:
+        fits, exceeds = exceeds, 2 * exceeds
+        if exceeds > 2**24:
+            raise ValueError(f"method={spec.method} does not grow with {field}")
+    while exceeds - fits > 1:
+        middle = (fits + exceeds) // 2
+        fits, exceeds = (middle, exceeds) if total(with_value(middle), widths, num_layers) <= budget else (fits, middle)
+    if fits == 0:
+        raise ValueError(f"{budget:,} parameters are too few for method={spec.method} even with {field}=1")
+    return with_value(fits)

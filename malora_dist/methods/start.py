@@ -1,7 +1,7 @@
-"""Start values of the adapters, the same on every parallel layout.
+"""Start values, the same on every parallel layout.
 
 Each tensor is drawn on the CPU from a generator keyed by the seed, the global layer number, the
-projection, the parameter and (for experts) the expert number. A rank draws only its own experts
+adapter, the parameter and (for experts) the expert number. A rank draws only its own experts
 and slices its tensor-parallel shard out of the full tensor, so no layout changes the values.
 """
 
@@ -9,60 +9,78 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
-
-from malora_dist.methods.spec import AdapterSpec
+from torch import Generator, Tensor
 
 
-def keyed_generator(seed: int, *key: object) -> torch.Generator:
+class Settings(Protocol):
+    """What a method asks of the configuration (:class:`~malora_dist.methods.spec.AdapterSpec`)."""
+
+    method: str
+    lora_rank: int | None
+    lora_alpha: float | None
+    use_rslora: bool
+    num_lora_experts: int
+    topk: int
+    shared_dim: int
+    beta: float
+    norm_topk_prob: bool
+    aux_loss_coeff: float
+    freeze: list[str]
+
+
+def keyed_generator(seed: int, *key: object) -> Generator:
     """A CPU generator whose stream is a pure function of the seed and the key."""
     digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+    return Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
 
 
-def _kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Of a matrix: Kaiming-uniform with a = sqrt(5) as in PEFT's LoRA A, variance 1 / (3 fan_in)."""
-    bound = 1.0 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+class Draw(NamedTuple):
+    """What a start is drawn from.
+
+    Attributes:
+        settings: of the adapter.
+        widths: {axis: width} on the adapted projection.
+        shape: of the parameter, or of one expert's slice of it.
+        generator: keyed by seed, layer, adapter, parameter and expert.
+    """
+
+    settings: Settings
+    widths: Mapping[str, int]
+    shape: tuple[int, ...]
+    generator: Generator
 
 
-def _orthonormal_rows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Of a matrix: rows orthonormal; with more rows than columns, columns orthonormal."""
-    return torch.nn.init.orthogonal_(torch.empty(shape), generator=generator)
+def zeros(draw: Draw) -> Tensor:
+    """Zeros, for what makes the adapter's output zero at the start."""
+    return torch.zeros(draw.shape)
 
 
-def initial_parameter(
-    spec: AdapterSpec,
-    name: str,
-    in_features: int,
-    out_features: int,
-    seed: int,
-    layer_number: int,
-    projection: str,
-    experts: Sequence[int] | None = None,
-) -> Tensor:
-    """Start value of one parameter, float32 on the CPU, full width.
+def kaiming_uniform(draw: Draw) -> Tensor:
+    """Of a matrix: Kaiming-uniform with a = sqrt(5) as PEFT's LoRA A, variance 1 / (3 fan_in)."""
+    bound = 1.0 / math.sqrt(draw.shape[-1])
+    return torch.empty(draw.shape).uniform_(-bound, bound, generator=draw.generator)
 
-    B starts at zero, so step 0 equals the base model. S_A's rows are orthonormal (entries of
-    variance 1/n) and P_t is Kaiming-uniform in d (variance 1/(3d)), so the entries of P_t S_A
-    have the variance 1/(3n) of LoRA's A.
+
+def orthonormal_columns(draw: Draw) -> Tensor:
+    """Of a matrix no wider than high: orthonormal columns, uniformly distributed."""
+    return torch.nn.init.orthogonal_(torch.empty(draw.shape), generator=draw.generator)
+
+
+def left_factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(U [d, d], Sigma [d]) of the cropped SVD U Sigma V of a wide matrix, largest singular value first; float64.
+
+    From the eigenvectors of its small Gram matrix, which has the same U and Sigma^2. An SVD leaves the sign of each
+    column of U open: here its largest entry is positive, so that every processor agrees.
 
     Args:
-        layer_number: 0-based number of the layer in the whole model, not in a pipeline stage.
-        projection: the adapter's name (``AdapterSpec.adapter_groups``).
-        experts: expert numbers to draw, for the parameters that have an expert axis; None: all.
+        matrix: [d, n], d <= n.
     """
-    shape = spec.parameter_shape(name, in_features, out_features)
-    key = (f"layers.{layer_number}", projection, name)
-    if len(shape) == 2:
-        if name == "B":
-            return torch.zeros(shape)
-        draw = _orthonormal_rows if name == "S" else _kaiming_uniform
-        return draw(shape, keyed_generator(seed, *key))
-    chosen = range(shape[0]) if experts is None else experts
-    if name == "B":
-        return torch.zeros(len(chosen), *shape[1:])
-    return torch.stack([_kaiming_uniform(shape[1:], keyed_generator(seed, *key, e)) for e in chosen])
+    wide = matrix.double()
+    squares, u = torch.linalg.eigh(wide @ wide.t())
+    squares, u = squares.flip(0), u.flip(1)
+    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))
+    return u * largest.sign(), squares.clamp(min=0.0).sqrt()

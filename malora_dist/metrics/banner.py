@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.config import Config
-from malora_dist.exchange.factory import DispatchPlan
+from malora_dist.exchange.plan import ExchangePlan
 from malora_dist.families.llama import LlamaModel, projection_widths
 from malora_dist.kernels.experts import choose_expert_compute
 from malora_dist.methods.budget import adapter_parameters
@@ -27,7 +27,7 @@ def _size(num_bytes: float) -> str:
 
 
 def memory_estimate(
-    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, plan: DispatchPlan, topology: Topology
+    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, plan: ExchangePlan, topology: Topology
 ) -> dict[str, float]:
     """Bytes on this rank, by what holds them.
 
@@ -52,7 +52,7 @@ def memory_estimate(
     in_flight = pp + (pp - 1) / chunks if chunks > 1 else pp
     tokens = config.micro_batch_size * config.seq_length
     logits = tokens * hf.vocab_size * 8 / topology.tp_size
-    gathered = 8.0 * plan.gathered.num_parameters()
+    gathered = float(plan.bytes_held * layers)
     return {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         **({"gathered experts": gathered} if gathered else {}),
@@ -79,31 +79,32 @@ def stage_sizes(num_layers: int, pp_size: int, first: int, last: int) -> list[in
     return sizes
 
 
-def _expert_compute(config: Config, plan: DispatchPlan, topology: Topology) -> str:
+def _expert_compute(config: Config, plan: ExchangePlan, topology: Topology) -> str:
     """How the experts at hand are computed, on the linears whose tokens travel and on the others."""
     if config.expert_compute != "auto":
         return f"{config.expert_compute} (asked for)"
-    moves = sorted({dispatcher.moves_tokens for dispatcher in plan.dispatchers.values()})
+    moves = sorted({exchange.moves_tokens for exchange in plan.exchanges.values()})
     at_hand = [config.num_experts // (topology.ep_size if moved else 1) for moved in moves]
     kind = topology.device.type
-    forms = [choose_expert_compute(n, min(config.topk, n), config.expert_rank, kind) for n in at_hand]
+    forms = [choose_expert_compute(n, min(config.topk, n), config.declared.rank, kind) for n in at_hand]
     return ", ".join(f"{form} (auto: {n} experts at hand)" for form, n in zip(forms, at_hand, strict=True))
 
 
 def _entries(
-    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, base: BaseInfo, plan: DispatchPlan, topology: Topology
+    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, base: BaseInfo, plan: ExchangePlan, topology: Topology
 ) -> Iterator[tuple[str, str]]:
     """(label, text) of each entry."""
     dtype = "bfloat16" if config.bf16 else "float32"
     yield "base", f"{base.hf_model_name_or_path}: {base.num_parameters / 1e6:,.1f} M parameters, frozen, {dtype}"
 
     mixture = f", N={config.num_experts} experts, top-{config.topk}" if config.is_mixture else ""
-    shared = f", d={config.shared_dim}, r'={config.expert_rank}" if config.method == "malora" else ""
+    shared = f", d={config.shared_dim}" if config.declared.uses("shared") else ""
     yield "adapter", f"{config.method}: r={config.lora_rank}{shared}{mixture} on {', '.join(config.projections)}"
 
     kinds = adapter_parameters(config, projection_widths(hf), hf.num_hidden_layers)
-    trainable = sum(number for kind, number in kinds.items() if kind not in config.frozen_names)
-    counts = [f"{k} {number:,}{' (frozen)' if k in config.frozen_names else ''}" for k, number in kinds.items()]
+    frozen = {kind for kind in kinds if not config.declared.is_trained(kind)}
+    trainable = sum(number for kind, number in kinds.items() if kind not in frozen)
+    counts = [f"{kind} {number:,}{' (frozen)' if kind in frozen else ''}" for kind, number in kinds.items()]
     share = 100 * trainable / base.num_parameters
     yield "trainable", f"{trainable:,} parameters ({share:.2f}% of the base): {', '.join(counts)}"
 
@@ -123,7 +124,7 @@ def _entries(
 
     memory = memory_estimate(model, config, hf, plan, topology)
     yield "memory", "per rank about " + ", ".join(f"{what} {_size(size)}" for what, size in memory.items())
-    for text in config.adapter_warnings():
+    for text in config.declared.warnings():
         yield "warning", text
 
 
@@ -132,7 +133,7 @@ def banner(
     config: Config,
     hf: LlamaConfig,
     base: BaseInfo,
-    plan: DispatchPlan,
+    plan: ExchangePlan,
     topology: Topology,
 ) -> str:
     """The text of the banner.

@@ -27,9 +27,10 @@ from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
 from malora_dist.errors import CheckpointError
-from malora_dist.exchange.factory import plan_dispatch
+from malora_dist.exchange.plan import plan_exchanges
 from malora_dist.families.hf_config import read_llama_config
-from malora_dist.families.llama import adapter_shapes, build_llama, transformer_config
+from malora_dist.families.llama import adapter_sites, build_llama, transformer_config
+from malora_dist.layers.adapted_linear import start_from_base
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
@@ -66,20 +67,14 @@ class Trainer:
         )
 
         self.context = RoutingContext(num_tasks=len(config.data))
-        self.plan = plan_dispatch(
-            config.dispatch,
-            config,
-            adapter_shapes(self.hf, config, topology.tp_size),
-            topology.ep_group,
-            topology.device,
-            tokens=max(1, config.global_batch_size * config.seq_length // topology.dp_size),
-            itemsize=2 if config.bf16 else 4,
-        )
+        sites = adapter_sites(self.hf, config, topology)
+        self.plan = plan_exchanges(config, sites, topology.ep_group, topology.device)
         settings = AdapterSettings(config, topology, self.plan, self.context, config.seed, config.expert_compute)
         self.model_config = transformer_config(self.hf, topology, config)
         attention = attention_class(attention_choice(config, topology.device).chosen)
         model = build_llama(self.hf, self.model_config, settings, config.seq_length, attention)
         load_base_weights(checkpoint_dir(base_path), model, topology)
+        start_from_base(model)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
         )
@@ -134,7 +129,7 @@ class Trainer:
             self.traffic = TrafficCounter(self.topology)
         counting = self.traffic if record else contextlib.nullcontext()
         with counting:
-            self.plan.gathered.start()
+            self.plan.begin_step()
         microbatches = self.batches.train(trained.consumed_samples)
         counts = self.batches.global_token_counts(microbatches)
         self._seed_step(trained.iteration)
@@ -167,9 +162,9 @@ class Trainer:
         sums: list[Tensor] = []
         for task, microbatches in enumerate(self.batches.validation()):
             if task == 0:
-                self.plan.gathered.start()
+                self.plan.begin_step()
             sums.extend(self._run(microbatches, forward_only=True))
-        self.plan.gathered.release()
+        self.plan.end_step(with_gradients=False)
         losses = mean_losses(sums, self.batches.task_names, self.topology)
         if not losses.by_task:
             return losses
@@ -200,7 +195,7 @@ class Trainer:
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
         """What megatron's schedule calls after the last backward of a step."""
-        self.plan.gathered.reduce_gradients()
+        self.plan.end_step(with_gradients=True)
         finalize_model_grads(*args, **kwargs)
 
     def _seed_step(self, iteration: int) -> None:
