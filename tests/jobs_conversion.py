@@ -55,18 +55,17 @@ def logits_of_bases(parallel: dict[str, int], bases: dict[str, Path], resave: bo
 
 def _load(hf: LlamaConfig, base: Path, config: Config, topology: layout.Topology, resaved: Path | None) -> list[Any]:
     """This rank's chunks of the model with the weights of `base`."""
-    from malora_dist.exchange.factory import plan_dispatch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from malora_dist.checkpoint.adapter import load_base_weights
-    from malora_dist.families.llama import adapter_shapes, build_llama, transformer_config
+    from malora_dist.exchange.plan import plan_exchanges
+    from malora_dist.families.llama import adapter_sites, build_llama, transformer_config
     from malora_dist.layers.adapted_linear import is_adapter_key
     from malora_dist.layers.adapter import AdapterSettings
     from malora_dist.layers.routing_context import RoutingContext
 
-    shapes = adapter_shapes(hf, config, topology.tp_size)
-    plan = plan_dispatch("local", config, shapes, topology.ep_group, topology.device, tokens=1, itemsize=4)
+    plan = plan_exchanges(config, adapter_sites(hf, config, topology), topology.ep_group, topology.device)
     settings = AdapterSettings(config, topology, plan, RoutingContext(), seed=0)
     model = build_llama(hf, transformer_config(hf, topology, config), settings, SEQUENCE)
 

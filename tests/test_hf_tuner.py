@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from malora_dist.errors import CheckpointError, ConfigError, MaloraError
 from malora_dist.hf import MaloraConfig, MaloraLayer
-from malora_dist.hf.evaluate import load_adapter
 from malora_dist.methods.base import METHODS
 from malora_dist.methods.initial import initial_parameter
 from tests.hf_models import (
@@ -222,42 +220,6 @@ def test_loading_is_strict(
     }
     with pytest.raises(CheckpointError, match=message):
         load[through]()
-
-
-def save_in_former_form(method: str, directory: Path) -> Tensor:
-    """An adapter whose config has the field of the former form; its logits."""
-    tiny_llama().save_pretrained(directory / "base")
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(directory / "base"), adapter_config(method))
-    randomise(model)
-    model.save_pretrained(directory / "adapter")
-    file = directory / "adapter" / "adapter_config.json"
-    fields = json.loads(file.read_text())
-    for name in ("beta", "freeze"):
-        del fields[name]
-    file.write_text(json.dumps(fields | {"rank_expansion": 1.25}))
-    return logits(model)
-
-
-LOADERS: dict[str, Callable[[Path], torch.nn.Module]] = {
-    "PeftModel": lambda adapter: PeftModel.from_pretrained(tiny_llama(), adapter),
-    "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM.from_pretrained,
-    "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
-    "tools/evaluate.py": lambda adapter: load_adapter(tiny_llama(), adapter),
-}
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_malora_of_the_former_form_is_refused(loader: str, tmp_path: Path) -> None:
-    save_in_former_form("malora", tmp_path)
-    with pytest.raises(MaloraError, match=r"rank_expansion=1\.25: .* a former form .*; train it again") as error:
-        LOADERS[loader](tmp_path / "adapter")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("loader", LOADERS)
-def test_molora_of_the_former_form_loads(loader: str, tmp_path: Path) -> None:
-    expected = save_in_former_form("molora", tmp_path)
-    assert torch.equal(logits(LOADERS[loader](tmp_path / "adapter")), expected)
 
 
 def test_several_adapters_switch_disable_and_delete() -> None:
