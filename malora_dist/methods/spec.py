@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,8 +166,8 @@ class AdapterSpec:
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "must be at least 1", "raise it")
         for key in ("lora_alpha", "beta"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(key, getattr(self, key), "must be positive", "raise it")
+            if not 0 < getattr(self, key) < math.inf:
+                raise ConfigError(key, getattr(self, key), "must be positive and finite", "choose another")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise ConfigError("lora_dropout", self.lora_dropout, "must lie in [0, 1)", "0.05 is a usual value")
         if self.aux_loss_coeff < 0:
