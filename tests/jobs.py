@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from malora_dist.config import Config, load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
+from tests.fmoe_double import FmoeFunctionsDouble
 from tests.oracle import random_start
 
 Shard = tuple[tuple[slice, ...], tuple[int, ...], Tensor]
@@ -79,6 +80,7 @@ def train_and_record(
     keep_masks: bool = False,
     sabotage: str = "",
     mixed_dispatch: bool = False,
+    fmoe_double: bool = False,
 ) -> dict[str, Any]:
     """Train ``steps`` steps; this rank's losses, norms, input gradients, and shards of gradients and parameters.
 
@@ -87,6 +89,7 @@ def train_and_record(
         keep_masks: record what dropout did.
         sabotage: a function of tests/sabotage.py that breaks the code while the job runs.
         mixed_dispatch: ``auto`` takes gather_experts and all_to_all by turns, whatever the bytes.
+        fmoe_double: tests/fmoe_double.py stands for ``fmoe.functions``.
     """
     with contextlib.ExitStack() as changes:
         if sabotage:
@@ -94,6 +97,9 @@ def train_and_record(
         if mixed_dispatch:
             by_turns = ["gather_experts", "all_to_all"] * 2
             changes.enter_context(mock.patch("malora_dist.exchange.plan.cheapest_exchange", side_effect=by_turns))
+        if fmoe_double:
+            double = FmoeFunctionsDouble()
+            changes.enter_context(mock.patch("malora_dist.exchange.fastmoe.load_fmoe_functions", return_value=double))
         return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
 
 
@@ -183,7 +189,6 @@ def dispatch_and_combine(
     from malora_dist.exchange.base import EXCHANGES
     from malora_dist.exchange.fastmoe import FastMoE
     from malora_dist.methods.routing import Routing
-    from tests.fmoe_double import FmoeFunctionsDouble
 
     config = Config(expert_model_parallel_size=layout.world_size_from_env(), device="cpu")
     topology = layout.initialize(config)
