@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
 from tests.oracle import start_of_up_projection

@@ -25,19 +25,21 @@ class Layer:
 #: Lowest first: a row may only name rows above it. docs/architecture.md gives the reasons.
 LAYERS = {
     "errors": Layer(""),
-    "methods": Layer("errors"),
-    "config": Layer("errors methods"),
+    "fields": Layer("errors"),
+    "methods": Layer("errors fields"),
+    "config": Layer("errors fields methods"),
+    "config_file": Layer("errors config"),
     "kernels": Layer("methods"),
     "parallel": Layer("errors config", megatron=True),
     "exchange": Layer("errors methods parallel"),
     "layers": Layer("errors methods config kernels exchange parallel", megatron=True),
     "families": Layer("errors methods config kernels exchange parallel layers", megatron=True),
     "data": Layer("errors config"),
-    "checkpoint": Layer("errors methods config parallel layers families", megatron=True),
+    "checkpoint": Layer("errors methods config config_file parallel layers families", megatron=True),
     "metrics": Layer("methods config kernels parallel exchange layers families checkpoint"),
     "training": Layer("errors config parallel exchange layers families data checkpoint metrics", megatron=True),
     "hf": Layer("errors methods config kernels data"),
-    "train": Layer("errors config parallel training"),
+    "train": Layer("errors config_file parallel training"),
 }
 #: The only file that may import fmoe.
 FMOE_FILE = PACKAGE / "exchange" / "fastmoe.py"

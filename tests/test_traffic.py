@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.exchange.cost import AdapterShape, all_to_all_bytes, gathered_memory
 from tests.layouts import Layout, find
 from tests.test_parity import overrides
