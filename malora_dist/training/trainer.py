@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,6 +37,7 @@ from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progre
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
 from malora_dist.training.evaluation import TaskLosses, format_losses, mean_losses
@@ -140,9 +139,7 @@ class Trainer:
         self._seed_step(trained.iteration)
         # megatron divides all gradients by the answer tokens of the global batch; the auxiliary
         # loss shall be a mean over its microbatches, those of padding left out.
-        MoEAuxLossAutoScaler.set_loss_scale(
-            torch.tensor(counts.answer_tokens / max(counts.microbatches, 1), device=self.topology.device)
-        )
+        set_aux_loss_scale(counts.answer_tokens / max(counts.microbatches, 1), self.topology.device)
         self.context.recording = record
         for chunk in self.ddp:
             chunk.train()
@@ -207,7 +204,7 @@ class Trainer:
         """Dropout is a function of (seed, step, data-parallel rank), so a resumed run draws the same masks."""
         if self.config.lora_dropout > 0:
             seed = (self.config.seed + 1_000_003 * iteration + 7919 * self.topology.dp_rank) % 2**31
-            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            seed_dropout(seed)
 
     def _make_logger(self) -> Logger:
         t = self.topology
