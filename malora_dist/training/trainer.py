@@ -33,14 +33,14 @@ from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.clock import Clock
-from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
+from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
-from malora_dist.training.evaluation import TaskLosses, format_losses, mean_losses
+from malora_dist.training.evaluation import TaskLosses, mean_losses
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import make_optimizer, make_scheduler
 
@@ -91,7 +91,7 @@ class Trainer:
         if config.load:
             load_adapter_checkpoint(Path(config.load), self.trained, topology)
         self.traffic = TrafficCounter(topology)
-        self.logger = self._make_logger()
+        self.logger = make_loggers(config) if topology.is_writer else Loggers()
 
     def train(self) -> None:
         """Train to train_iters (or exit_interval), evaluating, logging and saving on the way."""
@@ -170,9 +170,8 @@ class Trainer:
         losses = mean_losses(sums, self.batches.task_names, self.topology)
         if not losses.by_task:
             return losses
-        self.logger.message(f"validation at iteration {self.trained.iteration}: {format_losses(losses)}")
         scalars = {f"lm loss validation/{name}": loss for name, loss in losses.by_task.items()}
-        self.logger.scalars({"lm loss validation": losses.overall, **scalars}, self.trained.iteration)
+        self.logger.log(Metrics({"lm loss validation": losses.overall, **scalars}), self.trained.iteration)
         return losses
 
     def save(self) -> None:
@@ -206,30 +205,22 @@ class Trainer:
             seed = (self.config.seed + 1_000_003 * iteration + 7919 * self.topology.dp_rank) % 2**31
             seed_dropout(seed)
 
-    def _make_logger(self) -> Logger:
-        t = self.topology
-        if not (t.is_last_stage and t.dp_rank == 0 and t.tp_rank == 0):
-            return NullLogger()
-        directory = self.config.tensorboard_dir or (self.config.save and str(Path(self.config.save) / "tensorboard"))
-        return ConsoleLogger(Path(directory) if directory else None)
-
     def _log(self, losses: TaskLosses, grad_norm: float, clock: Clock) -> None:
-        """One console line and the TensorBoard scalars of this step; called by all ranks."""
-        config, iteration = self.config, self.trained.iteration
-        routing = report_routing(reduce_statistics(self.context, self.topology), config.topk, self.batches.task_names)
+        """The figures of this step; called by all ranks."""
+        metrics = report_routing(
+            reduce_statistics(self.context, self.topology), self.config.topk, self.batches.task_names
+        )
         seconds, tokens_per_second = clock.lap()
-        lr = self.trained.optimizer.param_groups[0]["lr"]
-        figures = {"lm loss": f"{losses.overall:.4f}", "lr": f"{lr:.2e}", "grad-norm": f"{grad_norm:.3f}"}
-        if "malora/balance" in routing.scalars:
-            figures["balance"] = f"{routing.scalars['malora/balance']:.2f}"
-        figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "s/it": f"{seconds:.3f}"}
-        self.logger.message(progress_line(iteration, config.train_iters, figures, seconds))
-        scalars = {"lm loss": losses.overall, "learning-rate": lr, "grad-norm": grad_norm,
-                   "throughput": tokens_per_second, "iteration-time": seconds}  # fmt: skip
-        scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items()}
-        scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
-        self.logger.scalars(scalars, iteration)
-        self.logger.routing(routing, iteration)
+        metrics.scalars |= {
+            "lm loss": losses.overall,
+            "learning-rate": self.trained.optimizer.param_groups[0]["lr"],
+            "grad-norm": grad_norm,
+            "throughput": tokens_per_second,
+            "iteration-time": seconds,
+        }
+        metrics.scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items()}
+        metrics.scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
+        self.logger.log(metrics, self.trained.iteration)
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
