@@ -129,7 +129,13 @@ def _train_and_record(
 
         trainer.trained.optimizer.step = step_and_keep_gradients
         count = trainer.batches.global_token_counts
-        trainer.batches.global_token_counts = lambda m: (scales.append(count(m).answer_tokens), count(m))[1]
+
+        def count_and_keep(microbatches: Any) -> Any:
+            counts = count(microbatches)
+            scales.append(counts.answer_tokens)
+            return counts
+
+        trainer.batches.global_token_counts = count_and_keep
         for _ in range(steps):
             inputs.clear()
             losses, grad_norm, _ = trainer.train_step()
