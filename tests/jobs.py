@@ -138,9 +138,9 @@ def _train_and_record(
         trainer.batches.global_token_counts = count_and_keep
         for _ in range(steps):
             inputs.clear()
-            losses, grad_norm, _ = trainer.train_step()
-            result["losses"].append(losses.overall)
-            result["grad_norms"].append(grad_norm)
+            step = trainer.train_step()
+            result["losses"].append(step.losses.overall)
+            result["grad_norms"].append(step.grad_norm)
             grads = [x.grad / scales[-1] for x in inputs if x.grad is not None]  # [s / tp, b, h]
             result["input_grads"].append(grads)
         result["parameters"] = {
@@ -167,12 +167,12 @@ def train_with_cli(overrides: list[str], forget_optimizer: bool = False) -> list
         seen: list[tuple[int, float]] = []
         train_step = trainer.train_step
 
-        def step(record: bool = False) -> Any:
-            result = train_step(record)
-            seen.append((trainer.trained.iteration, result[0].overall))
-            return result
+        def train_step_and_keep_loss(record: bool = False) -> Any:
+            step = train_step(record)
+            seen.append((step.iteration, step.losses.overall))
+            return step
 
-        trainer.train_step = step
+        trainer.train_step = train_step_and_keep_loss
         trainer.train()
         return seen
     finally:

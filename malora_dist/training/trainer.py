@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
 from malora_dist.metrics.banner import banner
-from malora_dist.metrics.clock import Clock
 from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
@@ -40,6 +40,7 @@ from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
+from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step
 from malora_dist.training.evaluation import TaskLosses, mean_losses
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import make_optimizer, make_scheduler
@@ -92,42 +93,30 @@ class Trainer:
             load_adapter_checkpoint(Path(config.load), self.trained, topology)
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
+        self.callbacks: list[Callback] = [Log(config, self.logger, self.recorded)]
+        if config.eval_iters:
+            self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
+        if config.save:
+            self.callbacks.append(Save(config, self.logger, self.save))
 
     def train(self) -> None:
-        """Train to train_iters (or exit_interval), evaluating, logging and saving on the way."""
-        config, trained = self.config, self.trained
-        last = min(config.train_iters, config.exit_interval or config.train_iters)
-        self.logger.message(banner(trained.model, config, self.hf, self.base, self.plan, self.topology))
-        self.logger.message(self.batches.describe())
-        if config.load:
-            at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
-            self.logger.message(f"loaded {config.load}, going on {at}")
-        if trained.iteration >= last:
-            self.logger.message(f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters")
-        clock = Clock()
-        while trained.iteration < last:
-            is_logged = (trained.iteration + 1) % config.log_interval == 0 or trained.iteration + 1 == last
-            losses, grad_norm, tokens = self.train_step(record=is_logged)
-            clock.add(tokens)
-            if is_logged:
-                self._log(losses, grad_norm, clock)
-            is_last = trained.iteration == last
-            if config.eval_iters and (
-                is_last or (config.eval_interval and trained.iteration % config.eval_interval == 0)
-            ):
-                with clock.paused():
-                    self.evaluate()
-            if config.save and (is_last or (config.save_interval and trained.iteration % config.save_interval == 0)):
-                with clock.paused():
-                    self.save()
-        self.logger.close()
+        """Train to the config's last iteration; the callbacks do what is due between the steps."""
+        with contextlib.closing(self.logger):
+            for text in self._introduction():
+                self.logger.message(text)
+            while self.trained.iteration < self.config.last_iteration:
+                record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
+                step = self.train_step(record)
+                for callback in self.callbacks:
+                    callback.after_step(step)
 
-    def train_step(self, record: bool = False) -> tuple[TaskLosses, float, int]:
-        """One optimizer step: (mean answer losses, gradient norm before clipping, tokens of the global batch).
+    def train_step(self, record: bool = False) -> Step:
+        """One optimizer step.
 
         Args:
-            record: keep the step's routing (``self.context``) and traffic (``self.traffic``).
+            record: keep the step's routing and traffic, see :meth:`recorded`.
         """
+        began = time.perf_counter()
         trained = self.trained
         if record:
             self.traffic = TrafficCounter(self.topology)
@@ -154,11 +143,25 @@ class Trainer:
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
-        return mean_losses(sums, self.batches.task_names, self.topology), float(grad_norm), counts.tokens
+        return Step(
+            iteration=trained.iteration,
+            losses=mean_losses(sums, self.batches.task_names, self.topology),  # waits for the device
+            grad_norm=float(grad_norm),
+            learning_rate=trained.optimizer.param_groups[0]["lr"],
+            tokens=counts.tokens,
+            seconds=time.perf_counter() - began,
+        )
+
+    def recorded(self) -> Metrics:
+        """Figures of the last recorded step's routing and traffic; called by all ranks, empties the record."""
+        statistics = reduce_statistics(self.context, self.topology)
+        metrics = report_routing(statistics, self.config.topk, self.batches.task_names)
+        metrics.scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
+        return metrics
 
     @torch.no_grad()
     def evaluate(self) -> TaskLosses:
-        """Mean answer loss of each task's validation split; logged. Tasks without one are left out."""
+        """Mean answer loss of each task's validation split; tasks without one are left out."""
         for chunk in self.ddp:
             chunk.eval()
         sums: list[Tensor] = []
@@ -167,19 +170,13 @@ class Trainer:
                 self.plan.gathered.start()
             sums.extend(self._run(microbatches, forward_only=True))
         self.plan.gathered.release()
-        losses = mean_losses(sums, self.batches.task_names, self.topology)
-        if not losses.by_task:
-            return losses
-        scalars = {f"lm loss validation/{name}": loss for name, loss in losses.by_task.items()}
-        self.logger.log(Metrics({"lm loss validation": losses.overall, **scalars}), self.trained.iteration)
-        return losses
+        return mean_losses(sums, self.batches.task_names, self.topology)
 
-    def save(self) -> None:
-        """Write a checkpoint of this iteration."""
-        directory = save_adapter_checkpoint(
+    def save(self) -> Path:
+        """Write a checkpoint of this iteration; its directory."""
+        return save_adapter_checkpoint(
             Path(self.config.save), self.trained, self.config, self.base, self.hf.num_hidden_layers, self.topology
         )
-        self.logger.message(f"saved {directory}")
 
     def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
         """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
@@ -205,22 +202,16 @@ class Trainer:
             seed = (self.config.seed + 1_000_003 * iteration + 7919 * self.topology.dp_rank) % 2**31
             seed_dropout(seed)
 
-    def _log(self, losses: TaskLosses, grad_norm: float, clock: Clock) -> None:
-        """The figures of this step; called by all ranks."""
-        metrics = report_routing(
-            reduce_statistics(self.context, self.topology), self.config.topk, self.batches.task_names
-        )
-        seconds, tokens_per_second = clock.lap()
-        metrics.scalars |= {
-            "lm loss": losses.overall,
-            "learning-rate": self.trained.optimizer.param_groups[0]["lr"],
-            "grad-norm": grad_norm,
-            "throughput": tokens_per_second,
-            "iteration-time": seconds,
-        }
-        metrics.scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items()}
-        metrics.scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
-        self.logger.log(metrics, self.trained.iteration)
+    def _introduction(self) -> Iterator[str]:
+        """What a run says before its first step."""
+        trained, last = self.trained, self.config.last_iteration
+        yield banner(trained.model, self.config, self.hf, self.base, self.plan, self.topology)
+        yield self.batches.describe()
+        if self.config.load:
+            at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
+            yield f"loaded {self.config.load}, going on {at}"
+        if trained.iteration >= last:
+            yield f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters"
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
