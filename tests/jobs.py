@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
 from tests.fmoe_double import FmoeFunctionsDouble
@@ -134,12 +135,18 @@ def _train_and_record(
 
         trainer.trained.optimizer.step = step_and_keep_gradients
         count = trainer.batches.global_token_counts
-        trainer.batches.global_token_counts = lambda m: (scales.append(count(m).answer_tokens), count(m))[1]
+
+        def count_and_keep(microbatches: Any) -> Any:
+            counts = count(microbatches)
+            scales.append(counts.answer_tokens)
+            return counts
+
+        trainer.batches.global_token_counts = count_and_keep
         for _ in range(steps):
             inputs.clear()
-            losses, grad_norm, _ = trainer.train_step()
-            result["losses"].append(losses.overall)
-            result["grad_norms"].append(grad_norm)
+            step = trainer.train_step()
+            result["losses"].append(step.losses.overall)
+            result["grad_norms"].append(step.grad_norm)
             grads = [x.grad / scales[-1] for x in inputs if x.grad is not None]  # [s / tp, b, h]
             result["input_grads"].append(grads)
         result["parameters"] = {
@@ -166,12 +173,12 @@ def train_with_cli(overrides: list[str], forget_optimizer: bool = False) -> list
         seen: list[tuple[int, float]] = []
         train_step = trainer.train_step
 
-        def step(record: bool = False) -> Any:
-            result = train_step(record)
-            seen.append((trainer.trained.iteration, result[0].overall))
-            return result
+        def train_step_and_keep_loss(record: bool = False) -> Any:
+            step = train_step(record)
+            seen.append((step.iteration, step.losses.overall))
+            return step
 
-        trainer.train_step = step
+        trainer.train_step = train_step_and_keep_loss
         trainer.train()
         return seen
     finally:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.config import load_config
+from malora_dist.config_file import load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, Sample, collate, pack
 from malora_dist.data.tokenization import TokenizedExample
 from malora_dist.errors import ConfigError

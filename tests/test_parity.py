@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from malora_dist.checkpoint.convert import import_hf
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule

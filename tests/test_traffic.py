@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.exchange.all_to_all import AllToAll
 from malora_dist.exchange.base import Site
 from malora_dist.exchange.gather_experts import GatherExperts

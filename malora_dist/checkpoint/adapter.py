@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
 from malora_dist.checkpoint.tensor_files import TorchDistReader
-from malora_dist.config import Config, save_config
+from malora_dist.config import Config
+from malora_dist.config_file import save_config
 from malora_dist.errors import CheckpointError
 from malora_dist.families.llama import LlamaModel
 from malora_dist.layers.adapted_linear import is_adapter_key

@@ -72,6 +72,11 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def is_writer(self) -> bool:
+        """Whether this is the one rank that reports: of the last stage, which has the losses."""
+        return self.is_last_stage and self.dp_rank == 0 and self.tp_rank == 0
+
+    @property
     def backend(self) -> str:
         return "nccl" if self.device.type == "cuda" else "gloo"
 

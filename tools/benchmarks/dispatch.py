@@ -37,14 +37,14 @@ from typing import Any
 
 import torch
 from common import headline, interleaved, print_table, ratios, summary, write_results
+from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
+from malora_dist.methods.maths import Routing
 from models import SHAPES, Inputs, Processes, build_trainer, llama_config, llama_like, spawn, write_inputs
 from overlap import measure_overlap
 from torch import Tensor
 from transformers import LlamaConfig
 
 from malora_dist.exchange.base import DispatchedTokens, Returning, TokenDispatcher
-from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
-from malora_dist.methods.maths import Routing
 from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.device import without_expected_warnings
