@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from malora_dist.config import Config, TaskConfig
 from malora_dist.errors import ConfigError
+from malora_dist.families.llama import Llama
 
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -116,8 +117,8 @@ def test_config(world_size: int, fields: dict[str, object], expected: str) -> No
 )
 def test_base(layers: int, fields: dict[str, object], expected: str) -> None:
     """What only shows when the base is known."""
-    from malora_dist.families.llama import transformer_config
+    from malora_dist.families.transformer_config import transformer_config
 
     topology = SimpleNamespace(tp_size=1, pp_size=2)
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
-        transformer_config(LlamaConfig(num_hidden_layers=layers), topology, config(**fields))
+        transformer_config(Llama(LlamaConfig(num_hidden_layers=layers)), topology, config(**fields))

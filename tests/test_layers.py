@@ -39,6 +39,8 @@ LAYERS = {
     "hf": Layer("errors methods config kernels data"),
     "train": Layer("errors config parallel training"),
 }
+#: The files of families that build the model; the others serve conversions too, which do not wait for megatron.
+BUILDERS = {PACKAGE / "families" / name for name in ("build.py", "transformer_config.py")}
 #: The only file that may import fmoe.
 FMOE_FILE = PACKAGE / "exchange" / "fastmoe.py"
 
@@ -112,6 +114,16 @@ def test_imports_point_downwards(file: Path) -> None:
             assert LAYERS[own].megatron, f"{own} must not import {module}"
         if top in ("fmoe", "fmoe_cuda"):
             assert file == FMOE_FILE, f"only {FMOE_FILE.name} may import {module}"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(set((PACKAGE / "families").glob("*.py")) - BUILDERS), ids=lambda file: file.name
+)
+def test_families_declare_without_megatron(file: Path) -> None:
+    builders = {name_of(builder) for builder in BUILDERS}
+    for module in sorted(IMPORTS[file]):
+        assert not module.startswith(("megatron", "malora_dist.layers")), f"imports {module}"
+        assert module not in builders, f"imports {module}"
 
 
 def test_modules_import_each_other_in_no_circle() -> None:

@@ -1,1 +1,5 @@
-"""Model families: what is Llama's, from the config check to the table of tensors."""
+"""Model families, one file each: to add one, write its file and name it here."""
+
+from malora_dist.families import llama
+
+__all__ = ["llama"]

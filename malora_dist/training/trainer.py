@@ -28,8 +28,8 @@ from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
 from malora_dist.errors import CheckpointError
 from malora_dist.exchange.factory import plan_dispatch
-from malora_dist.families.hf_config import read_llama_config
-from malora_dist.families.llama import adapter_shapes, build_llama, transformer_config
+from malora_dist.families.base import family_of
+from malora_dist.families.build import adapter_shapes, build_stages
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
@@ -57,7 +57,8 @@ class Trainer:
         self.config, self.topology = config, topology
         base_path = Path(config.pretrained_checkpoint)
         self.base = read_base_info(base_path)
-        self.hf = read_llama_config(hf_dir(base_path))
+        family = family_of(hf_dir(base_path))
+        self.hf = family.hf
         if config.load:
             check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
@@ -76,9 +77,9 @@ class Trainer:
             itemsize=2 if config.bf16 else 4,
         )
         settings = AdapterSettings(config, topology, self.plan, self.context, config.seed, config.expert_compute)
-        self.model_config = transformer_config(self.hf, topology, config)
         attention = attention_class(attention_choice(config, topology.device).chosen)
-        model = build_llama(self.hf, self.model_config, settings, config.seq_length, attention)
+        model = build_stages(family, config, settings, attention)
+        self.model_config = model[0].config
         load_base_weights(checkpoint_dir(base_path), model, topology)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer

@@ -51,7 +51,7 @@ from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 with without_expected_warnings():  # import megatron-core
-    from malora_dist.families.llama import adapter_shapes
+    from malora_dist.families.build import adapter_shapes
     from malora_dist.layers.adapted_linear import LinearAdapters
 
 #: {way: config keys}
