@@ -102,9 +102,7 @@ class ParallelConfig:
     )
     recompute_method: str = _key("uniform", "full: `uniform` (all layers, in units) or `block` (the first layers)")
     recompute_num_layers: int = _key(1, "full: layers per unit (uniform), or layers recomputed per stage (block)")
-    recompute_modules: list[str] = _key(
-        ["core_attn"], "selective: `core_attn`, `mlp` (without pipeline stages) or both"
-    )
+    recompute_modules: list[str] = _key(["core_attn"], "selective: `core_attn`, `mlp` (with its norm) or both")
     distributed_timeout_minutes: int = _key(10, "collectives that wait longer abort the run")
 
 
@@ -308,18 +306,8 @@ def _check_recompute(c: Config) -> None:
     for module in c.recompute_modules:
         if module not in ("core_attn", "mlp"):
             raise ConfigError("recompute_modules", module, "must be core_attn or mlp", "remove it")
-    if c.recompute_granularity != "selective":
-        return
-    if not c.recompute_modules:
+    if c.recompute_granularity == "selective" and not c.recompute_modules:
         raise ConfigError("recompute_modules", [], "needs core_attn or mlp", "name one or both")
-    if "mlp" in c.recompute_modules and c.pipeline_model_parallel_size > 1:
-        # By then the stage has gone on to other microbatches, whose padding the adapters would count.
-        raise ConfigError(
-            "recompute_modules",
-            "mlp",
-            f"cannot be recomputed with pipeline_model_parallel_size={c.pipeline_model_parallel_size}",
-            "use recompute_granularity=full",
-        )
 
 
 def _check_data(c: Config) -> None:

@@ -57,11 +57,6 @@ def config(**fields: Any) -> Config:
         ),
         (
             2,
-            {**PP2, "recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-            "recompute_modules='mlp': cannot be recomputed with pipeline_model_parallel_size=2; use recompute_granula",
-        ),
-        (
-            2,
             {"tensor_model_parallel_size": 2, "sequence_parallel": True, "method": "molora", "dispatch": "fastmoe"},
             "dispatch='fastmoe': cannot sum MoLoRA's inner values over tensor_model_parallel_size=2; use dispatch=all",
         ),
