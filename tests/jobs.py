@@ -265,6 +265,8 @@ def order_of_work() -> tuple[list[str], list[str]]:
 def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; then the trained model's logits for ``token_ids`` [b, s]."""
     trainer = _trainer(overrides)
+    from malora_dist.layers.token_info import TokenInfo
+
     try:
         before = trainer.evaluate().by_task
         trainer.train()
@@ -274,7 +276,8 @@ def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
             chunk.eval()
         trainer.plan.begin_step()
         with torch.no_grad():
-            logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids)[None])
+            tokens = TokenInfo(tasks_BS=torch.ones_like(token_ids))
+            logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), None, packed_seq_params=tokens)
         return {"before": before, "after": after, "logits": logits}
     finally:
         layout.destroy()

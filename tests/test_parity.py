@@ -345,23 +345,27 @@ RECOMPUTE = {
     "full, uniform": ["recompute_granularity=full"],
     "full, units of 2": ["recompute_granularity=full", "recompute_num_layers=2"],  # both layers
     "full, block": ["recompute_granularity=full", "recompute_method=block"],
-    "selective": ["recompute_granularity=selective"],
-    "selective, mlp": ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
+    "selective, core_attn": ["recompute_granularity=selective"],
+    "selective, mlp": ["recompute_granularity=selective", "recompute_modules=[mlp]"],
+    "selective, both": ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
 }
 
 
-@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2", "PP 2 interleaved"])
+@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2", "PP 2 interleaved", "TP 2, PP 2"])
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_recompute(kind: str, layout: str, bench: Bench) -> None:
-    """Also with one stage, whose frozen embedding gives the first layer an input without a gradient."""
-    if "PP" in layout and kind in ("selective, mlp", "full, units of 2"):
-        pytest.skip("refused, see tests/test_errors.py")
+    """Also with one stage, whose frozen embedding gives the first layer an input without a gradient.
+
+    With PP a stage recomputes for one microbatch when it has gone on to others, of other padding.
+    """
+    if "PP" in layout and kind == "full, units of 2":
+        pytest.skip("refused, see tests/test_errors_layout.py")
     extra = [*RECOMPUTE[kind], f"dispatch={travelling(layout)}"]
     compare_without_input(*bench.run(find(layout), "method=malora", extra=extra, steps=2, keep_inputs=False))
 
 
 @pytest.mark.parametrize("targets", ["[down_proj]", "[o_proj]"])
-@pytest.mark.parametrize("kind", ["full, uniform", "selective, mlp"])
+@pytest.mark.parametrize("kind", ["full, uniform", "selective, both"])
 def test_recompute_with_few_adapters(kind: str, targets: str, bench: Bench) -> None:
     """The input of what is recomputed depends on no adapter."""
     settings = ["method=malora", f"target_modules={targets}"]

@@ -49,16 +49,6 @@ class Microbatch:
     document_BS: Tensor | None
     answers_L: Tensor
 
-    @property
-    def marks(self) -> Tensor:
-        """What every layer is told about its tokens: token_task, or [token_task, document]. int64 [1 or 2, B, S]
-
-        The documents come only where a row has several, so that the shape tells attention without
-        a look at the values, which would wait for the device.
-        """
-        marks = [self.token_task_BS] if self.document_BS is None else [self.token_task_BS, self.document_BS]
-        return torch.stack(marks)
-
 
 def _positions(sample: Sample) -> int:
     """Positions a sample takes in a row."""

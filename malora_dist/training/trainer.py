@@ -27,8 +27,7 @@ from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
 from malora_dist.errors import CheckpointError
 from malora_dist.exchange.plan import plan_exchanges
-from malora_dist.families.hf_config import read_llama_config
-from malora_dist.families.llama import adapter_sites, build_llama, transformer_config
+from malora_dist.families.base import family_of
 from malora_dist.layers.adapted_linear import start_from_base
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
@@ -37,6 +36,7 @@ from malora_dist.metrics.banner import banner
 from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
+from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
@@ -58,7 +58,8 @@ class Trainer:
         self.config, self.topology = config, topology
         base_path = Path(config.pretrained_checkpoint)
         self.base = read_base_info(base_path)
-        self.hf = read_llama_config(hf_dir(base_path))
+        family = family_of(hf_dir(base_path))
+        self.hf = family.hf
         if config.load:
             check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
@@ -70,9 +71,9 @@ class Trainer:
         sites = adapter_sites(self.hf, config, topology)
         self.plan = plan_exchanges(config, sites, topology.ep_group, topology.device)
         settings = AdapterSettings(config, topology, self.plan, self.context, config.seed, config.expert_compute)
-        self.model_config = transformer_config(self.hf, topology, config)
         attention = attention_class(attention_choice(config, topology.device).chosen)
-        model = build_llama(self.hf, self.model_config, settings, config.seq_length, attention)
+        model = build_stages(family, config, settings, attention)
+        self.model_config = model[0].config
         load_base_weights(checkpoint_dir(base_path), model, topology)
         start_from_base(model)
         ddp_config = DistributedDataParallelConfig(

@@ -51,8 +51,8 @@ from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 with without_expected_warnings():  # import megatron-core
-    from malora_dist.families.llama import adapter_shapes
     from malora_dist.layers.adapted_linear import LinearAdapters
+    from malora_dist.models.build import adapter_shapes
 
 #: {way: config keys}
 WAYS = {
