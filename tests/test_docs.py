@@ -14,8 +14,10 @@ from types import ModuleType
 
 import pytest
 
-from malora_dist.config import DATA_FORMATS, SECTIONS, TaskConfig, load_config
+from malora_dist.config import SECTIONS, TaskConfig
+from malora_dist.config_file import load_config
 from malora_dist.data.formats import load_examples
+from malora_dist.fields import rules_of
 from tests.layouts import LAYOUTS, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,7 +149,7 @@ def test_example_records_are_read(tmp_path: Path) -> None:
     """Each line of the README's block of records is one format; their columns tell which."""
     (block,) = blocks(README, "json")
     records = {tuple(json.loads(line)): line for line in block.splitlines()}
-    assert len(records) == len(DATA_FORMATS) - 1, "one record of each format, but for auto"
+    assert len(records) == len(rules_of(TaskConfig, "format").choices) - 1, "one record of each format, but for auto"
     del records[("messages",)]  # needs a tokenizer with a chat template
     for line in records.values():
         file = tmp_path / "one.jsonl"

@@ -142,10 +142,10 @@ def test_only_adapters_train_and_saved_target_modules_are_sorted(tmp_path: Path)
         ({"method": "malora_unshared", "shared_dim": 6}, "shared_dim=6: must be divisible by num_lora_experts=4"),
         ({"freeze": ["A"]}, "freeze='A': is no parameter of method=malora"),
         ({"fuse_projections": True}, "fuse_projections=True: must be false"),
-        ({"beta": 0.0}, "beta=0.0: must be positive"),
+        ({"beta": 0.0}, "beta=0.0: must be above 0"),
         ({"rank_expansion": 1.25}, "rank_expansion=1.25: is of MALoRA in a former form of this project"),
         ({"target_modules": "q_.*"}, "target_modules='q_.*': must be a list"),
-        ({"target_modules": ["lm_head"]}, "target_modules='lm_head': matches no projection"),
+        ({"target_modules": ["lm_head"]}, "target_modules='lm_head': must be one of q_proj"),
         ({"topk": 9}, "topk=9: must not exceed num_lora_experts=4"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_checkpoint_says_what_it_is(
 ) -> None:
     from malora_dist.checkpoint.adapter import read_adapter_info
     from malora_dist.checkpoint.base import checkpoint_dir, read_base_info
-    from malora_dist.config import load_config
+    from malora_dist.config_file import load_config
 
     settings = overrides(base_dir, task_files, "train_iters=2", "eval_iters=0", f"save={tmp_path}", "save_interval=1")
     workers.run("train_with_cli", 1, overrides=settings)

@@ -29,10 +29,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
 from malora_dist.checkpoint.tensor_files import TorchDistReader
-from malora_dist.config import Config, save_config
+from malora_dist.config import Config
+from malora_dist.config_file import save_config
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.families.llama import LlamaModel
 from malora_dist.layers.adapted_linear import is_adapter_key
+from malora_dist.layers.decoder import CausalModel
 from malora_dist.methods.spec import AdapterSpec, refuse_former_malora
 from malora_dist.parallel.compatibility import check_common_state
 from malora_dist.parallel.device import without_expected_warnings
@@ -61,7 +62,7 @@ class Trained:
     The model is this rank's chunks: one, or one per virtual pipeline stage.
     """
 
-    model: Sequence[LlamaModel]
+    model: Sequence[CausalModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
@@ -144,7 +145,7 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
     check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
 
 
-def _sharded_model(model: Sequence[LlamaModel], topology: Topology, adapters: bool) -> dict[str, dict[str, Any]]:
+def _sharded_model(model: Sequence[CausalModel], topology: Topology, adapters: bool) -> dict[str, dict[str, Any]]:
     """Of each chunk the sharded tensors of its adapters, or of its base: {"chunk 0": {key: tensor}, ...}.
 
     Chunks count their layers from 0, so that their own keys are the same; those of the sharded
@@ -230,7 +231,7 @@ def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling
     raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(cause).split())}); {cure}") from cause
 
 
-def load_base_weights(directory: Path, model: Sequence[LlamaModel], topology: Topology) -> None:
+def load_base_weights(directory: Path, model: Sequence[CausalModel], topology: Topology) -> None:
     """Fill the frozen base from a converted base's `iter_*` directory, on any TP x PP.
 
     Raises:

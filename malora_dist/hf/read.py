@@ -138,11 +138,16 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
             f"{file}: target_modules={targets!r}, must be a list from {', '.join(PROJECTIONS)}; "
             "name the adapted projections"
         )
+    for name, value in fields.items():
+        default = getattr(AdapterSpec(), name)
+        if not isinstance(value, int | float if isinstance(default, float) else type(default)):
+            wanted = type(default).__name__
+            raise CheckpointError(f"{file}: {name}={value!r}, must be of type {wanted}; save the adapter again")
     try:
         refuse_former_malora(fields.get("method", "malora"), raw.get("rank_expansion"))
         spec = AdapterSpec(**fields)
         spec.validate_adapter()
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     return spec
 
