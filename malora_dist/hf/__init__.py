@@ -1,4 +1,4 @@
-"""The Hugging Face side: a PEFT tuner for MoLoRA and MALoRA, export to PEFT, evaluation. No megatron.
+"""The Hugging Face side: a PEFT tuner for the methods with a router, export to PEFT, evaluation. No megatron.
 
 Importing this package registers the tuner with PEFT; that is this import's documented purpose, and
 it has to come before PEFT reads a saved adapter::
