@@ -390,8 +390,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return loaded
 
 
-def _read_yaml(file: Path) -> dict[Any, Any]:
-    """The top level of a YAML file, ``${...}`` unresolved."""
+def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
+    """The top level of a YAML file, on top of that of the file it may ``include``; ``${...}`` unresolved.
+
+    Args:
+        includers: the files whose ``include`` led here.
+    """
     if not file.is_file():
         raise ConfigError("--config", str(file), "is not a file", "name a YAML file, for example one of configs/")
     try:
@@ -404,7 +408,15 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
         raise ConfigError("--config", str(file), rule, "name a text file of `key: value` lines") from error
     if not isinstance(loaded, dict):
         raise ConfigError("--config", str(file), "holds a list", "write `key: value` lines")
-    return loaded
+    if "include" not in loaded:
+        return loaded
+    included = file.parent / str(loaded.pop("include"))
+    if not included.is_file():
+        raise ConfigError("include", str(included), f"is not a file, but {file} names it", "write it relative to there")
+    chain = (*includers, file.resolve())
+    if included.resolve() in chain:
+        raise ConfigError("include", str(included), "leads back to itself", f"take it out of {file}")
+    return _read_yaml(included, chain) | loaded
 
 
 def _parse_value(key: str, text: str) -> Any:
