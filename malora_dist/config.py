@@ -42,6 +42,12 @@ _TYPES = {
     "list[TaskConfig]": ("a list of tasks", "[{path: FILE}]"),
 }
 
+#: Keys of earlier versions: {name: what to write instead}.
+_RETIRED = {
+    "rank_expansion": "an expert's rank is lora_rank itself: write lora_rank=round(rank_expansion * lora_rank) and "
+    "shared_dim, beta only scales the start"
+}
+
 
 def _key(default: Any, help_text: str) -> Any:
     """A config field with its help text; a list default becomes a factory."""
@@ -450,6 +456,8 @@ def _find_field(config: DictConfig, key: str, value: Any) -> dataclasses.Field[A
     match = _TASK_KEY.fullmatch(key)
     fields = {f.name: f for f in dataclasses.fields(TaskConfig if match else Config)}
     name = match["name"] if match else key
+    if key in _RETIRED:
+        raise ConfigError(key, value, "is no config key any more", _RETIRED[key])
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1)
         cure = f"did you mean {close[0]}?" if close else "docs/config.md lists them all"
