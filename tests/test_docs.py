@@ -49,7 +49,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 yield page.name, shlex.split(line, comments=True)
-    for file in sorted((ROOT / "configs").glob("*.yaml")):
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
         lines = re.findall(r"^#   (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         for line in "\n".join(lines).replace("\\\n", " ").splitlines():
             yield file.name, shlex.split(line)

@@ -41,6 +41,9 @@ The keys are flat, except for those of a task, which belong to an entry of the l
 into the second one. An unknown key, a wrong type or a value that cannot work is an error of one line that names the
 key, its value, the rule and the cure. Numbers are finite, and whole ones below {INT_LIMIT}. Relative paths start at the
 working directory.
+
+A file may build on another one: `include: common.yaml` reads that file first, by its path from the including file. The
+keys of the including file replace those of the included one, a list such as `data` as a whole.
 """
 
 

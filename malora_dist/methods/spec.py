@@ -136,13 +136,13 @@ class AdapterSpec:
         return {"target_modules": self.projections} | {name: getattr(self, name) for name in names}
 
     def validate_adapter(self) -> None:
-        """Check all fields, those of a subclass included, and the adapter's against each other.
+        """Check the adapter's own fields, each and against each other.
 
         Raises:
             ConfigError: naming the key, its value, the rule and the cure.
         """
         declared = self.declared  # refuses an unknown method
-        check_fields(self)
+        check_fields(self, of=AdapterSpec)
         if self.is_mixture and self.topk > self.num_lora_experts:
             raise ConfigError(
                 "topk",
