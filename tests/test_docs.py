@@ -18,7 +18,7 @@ from malora_dist.config import SECTIONS, TaskConfig
 from malora_dist.config_file import load_config
 from malora_dist.data.formats import load_examples
 from malora_dist.fields import rules_of
-from tests.layouts import LAYOUTS, METHODS
+from tests.layouts import LAYOUTS, label
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -195,7 +195,7 @@ def test_the_table_of_layouts_is_that_of_the_tests() -> None:
             *map(str, (layout.processes, layout.tp, layout.pp)),
             "/".join(map(str, layout.stages)) or str(layout.chunks),
             *map(str, (layout.dp, layout.ep)),
-            "all four" if layout.methods == METHODS else ", ".join(layout.methods),
+            label(layout.methods),
         ]
         for layout in LAYOUTS
     ]
