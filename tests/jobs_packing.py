@@ -8,7 +8,7 @@ from torch import Tensor
 from malora_dist.data.batches import Microbatch
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
-from tests.jobs import _randomise_up_projections, _trainer
+from tests.jobs import _randomise_zeros, _trainer
 
 
 def logits(overrides: list[str], microbatches: list[Microbatch], randomise: bool) -> list[Tensor]:
@@ -18,7 +18,7 @@ def logits(overrides: list[str], microbatches: list[Microbatch], randomise: bool
 
     try:
         if randomise:
-            _randomise_up_projections(trainer)
+            _randomise_zeros(trainer)
         (model,) = trainer.trained.model
         model.eval()
         with torch.no_grad():

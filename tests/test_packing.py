@@ -20,9 +20,9 @@ from malora_dist.config_file import load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, Sample, collate, pack
 from malora_dist.data.tokenization import TokenizedExample
 from malora_dist.errors import ConfigError
-from malora_dist.methods import maths
+from malora_dist.methods.initial import initial_parameter
+from malora_dist.methods.reference import adapted_forward
 from malora_dist.methods.spec import AdapterSpec
-from malora_dist.methods.start import initial_parameter
 from tests.workers import WorkerPool
 
 RTOL = 1e-4
@@ -173,10 +173,11 @@ def test_global_batch_size_need_not_fit_the_microbatches(tmp_path: Path) -> None
 
 
 def test_a_microbatch_of_padding_adds_nothing_to_the_load_balancing_loss() -> None:
-    spec = AdapterSpec(num_lora_experts=4, aux_loss_coeff=0.1)
-    params = {name: initial_parameter(spec, name, 8, 8, 0, 0, "q_proj") for name in spec.parameter_names}
+    method = AdapterSpec(num_lora_experts=4, shared_dim=8, aux_loss_coeff=0.1).declared
+    params = {name: initial_parameter(method, name, 8, 8, 0, 0, "q_proj") for name in method.parameters}
     params["router"].requires_grad_()
-    _, aux = maths.adapter_forward(spec, params, torch.zeros(6, 8), torch.zeros(6, dtype=torch.bool))
+    padding_T = torch.zeros(6, dtype=torch.bool)
+    _, aux = adapted_forward(method, params, torch.zeros(6, 8), torch.zeros(8, 8), padding_T)
     aux.backward()
     assert float(aux.detach()) == 0.0
     assert params["router"].grad is not None

@@ -151,3 +151,21 @@ class AdapterSpec:
                 "lower topk or add experts",
             )
         declared.check()
+
+
+def refuse_former_malora(method: object, rank_expansion: object) -> None:
+    """Refuse MALoRA as files of an earlier form of this project hold it; their other methods are what they are now.
+
+    Args:
+        rank_expansion: a field of those files only; None: there is none.
+
+    Raises:
+        ConfigError: naming it and the cure.
+    """
+    if method == "malora" and rank_expansion is not None:
+        raise ConfigError(
+            "rank_expansion",
+            rank_expansion,
+            "is of MALoRA in a former form of this project, which was not the paper's",
+            "train it again, with the rank of one expert as lora_rank",
+        )
