@@ -368,7 +368,8 @@ def test_dropout(recompute: str, layout: str, method: str, bench: Bench) -> None
     So every token saw one mask per adapter, whatever TP rank worked on it, also when recomputed.
     """
     settings = [f"method={method}", "lora_dropout=0.25"]
-    extra = [f"recompute_granularity={recompute}", f"dispatch={travelling(layout) if REGISTERED[method].is_mixture() else 'auto'}"]
+    dispatch = travelling(layout) if REGISTERED[method].is_mixture() else "auto"
+    extra = [f"recompute_granularity={recompute}", f"dispatch={dispatch}"]
     results, expected = bench.run_with_dropout(find(layout).of(method), *settings, extra=extra, steps=1)
     assert any((mask == 0).any() for result in results for _, _, mask in result["masks"])
     compare_without_input(results, expected)
