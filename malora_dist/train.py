@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from malora_dist.config import load_config
+from malora_dist.config_file import load_config
 from malora_dist.errors import exit_on_user_error
 from malora_dist.parallel.versions import check_versions
 

@@ -38,6 +38,7 @@ class FmoeFunctionsDouble:
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Any:
+                assert grad.is_contiguous(), "fmoe hands it to native code as it is"
                 pos, local, world, size, batch = ctx.args
                 home = double.to_home(grad, local, world, size)
                 return grad.new_zeros(batch, grad.shape[1]).index_add_(0, pos, home), None, None, None, None, None
@@ -56,8 +57,9 @@ class FmoeFunctionsDouble:
 
             @staticmethod
             def backward(ctx: Any, grad: Tensor) -> Any:
+                assert grad.is_contiguous(), "fmoe hands it to native code as it is"
                 pos, local, world, size = ctx.args
-                return double.to_experts(grad.contiguous()[pos], local, world, size), None, None, None, None, None
+                return double.to_experts(grad[pos], local, world, size), None, None, None, None, None
 
         self.MOEScatter, self.MOEGather = Scatter, Gather
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 from typing import Any
 from unittest import mock
 
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
+from tests.fmoe_double import FmoeFunctionsDouble
 from tests.oracle import random_start
 
 Shard = tuple[tuple[slice, ...], tuple[int, ...], Tensor]
@@ -79,6 +82,7 @@ def train_and_record(
     keep_masks: bool = False,
     sabotage: str = "",
     mixed_dispatch: bool = False,
+    fmoe_double: bool = False,
 ) -> dict[str, Any]:
     """Train ``steps`` steps; this rank's losses, norms, input gradients, and shards of gradients and parameters.
 
@@ -87,6 +91,7 @@ def train_and_record(
         keep_masks: record what dropout did.
         sabotage: a function of tests/sabotage.py that breaks the code while the job runs.
         mixed_dispatch: ``auto`` takes gather_experts and all_to_all by turns, whatever the bytes.
+        fmoe_double: tests/fmoe_double.py stands for ``fmoe.functions``.
     """
     with contextlib.ExitStack() as changes:
         if sabotage:
@@ -94,6 +99,9 @@ def train_and_record(
         if mixed_dispatch:
             by_turns = ["gather_experts", "all_to_all"] * 2
             changes.enter_context(mock.patch("malora_dist.exchange.plan.cheapest_exchange", side_effect=by_turns))
+        if fmoe_double:
+            double = FmoeFunctionsDouble()
+            changes.enter_context(mock.patch("malora_dist.exchange.fastmoe.load_fmoe_functions", return_value=double))
         return _train_and_record(overrides, steps, randomise, keep_inputs, keep_masks)
 
 
@@ -128,12 +136,18 @@ def _train_and_record(
 
         trainer.trained.optimizer.step = step_and_keep_gradients
         count = trainer.batches.global_token_counts
-        trainer.batches.global_token_counts = lambda m: (scales.append(count(m).answer_tokens), count(m))[1]
+
+        def count_and_keep(microbatches: Any) -> Any:
+            counts = count(microbatches)
+            scales.append(counts.answer_tokens)
+            return counts
+
+        trainer.batches.global_token_counts = count_and_keep
         for _ in range(steps):
             inputs.clear()
-            losses, grad_norm, _ = trainer.train_step()
-            result["losses"].append(losses.overall)
-            result["grad_norms"].append(grad_norm)
+            step = trainer.train_step()
+            result["losses"].append(step.losses.overall)
+            result["grad_norms"].append(step.grad_norm)
             grads = [x.grad / scales[-1] for x in inputs if x.grad is not None]  # [s / tp, b, h]
             result["input_grads"].append(grads)
         result["parameters"] = {
@@ -160,12 +174,12 @@ def train_with_cli(overrides: list[str], forget_optimizer: bool = False) -> list
         seen: list[tuple[int, float]] = []
         train_step = trainer.train_step
 
-        def step(record: bool = False) -> Any:
-            result = train_step(record)
-            seen.append((trainer.trained.iteration, result[0].overall))
-            return result
+        def train_step_and_keep_loss(record: bool = False) -> Any:
+            step = train_step(record)
+            seen.append((step.iteration, step.losses.overall))
+            return step
 
-        trainer.train_step = step
+        trainer.train_step = train_step_and_keep_loss
         trainer.train()
         return seen
     finally:
@@ -183,7 +197,6 @@ def dispatch_and_combine(
     from malora_dist.exchange.base import EXCHANGES
     from malora_dist.exchange.fastmoe import FastMoE
     from malora_dist.methods.routing import Routing
-    from tests.fmoe_double import FmoeFunctionsDouble
 
     config = Config(expert_model_parallel_size=layout.world_size_from_env(), device="cpu")
     topology = layout.initialize(config)
@@ -252,6 +265,8 @@ def order_of_work() -> tuple[list[str], list[str]]:
 def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
     """Evaluate, train, evaluate, save; then the trained model's logits for ``token_ids`` [b, s]."""
     trainer = _trainer(overrides)
+    from malora_dist.layers.token_info import TokenInfo
+
     try:
         before = trainer.evaluate().by_task
         trainer.train()
@@ -261,7 +276,8 @@ def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
             chunk.eval()
         trainer.plan.begin_step()
         with torch.no_grad():
-            logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), torch.ones_like(token_ids)[None])
+            tokens = TokenInfo(tasks_BS=torch.ones_like(token_ids))
+            logits = trainer.trained.model[0](token_ids, torch.arange(s).expand(b, s), None, packed_seq_params=tokens)
         return {"before": before, "after": after, "logits": logits}
     finally:
         layout.destroy()
@@ -283,3 +299,8 @@ def count_traffic(overrides: list[str]) -> dict[str, Any]:
         }
     finally:
         layout.destroy()
+
+
+def count_threads() -> int:
+    """Threads of this process, those of C++ too."""
+    return len(os.listdir("/proc/self/task"))

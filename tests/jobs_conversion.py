@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir
 from malora_dist.config import Config
-from malora_dist.families.hf_config import read_llama_config
+from malora_dist.families.base import Family, family_of
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
 from tests import jobs
@@ -44,31 +43,31 @@ def logits_of_bases(parallel: dict[str, int], bases: dict[str, Path], resave: bo
     try:
         logits: dict[str, Tensor] = {}
         for name, base in bases.items():
-            hf = read_llama_config(hf_dir(base))
+            family = family_of(hf_dir(base))
             with without_expected_warnings():
-                model = _load(hf, base, config, topology, base.with_name("resaved") if resave else None)
-            logits.update((name, output) for output in _forward(model, token_ids(hf.vocab_size)))
+                model = _load(family, base, config, topology, base.with_name("resaved") if resave else None)
+            logits.update((name, output) for output in _forward(model, token_ids(family.hf.vocab_size)))
         return logits
     finally:
         layout.destroy()
 
 
-def _load(hf: LlamaConfig, base: Path, config: Config, topology: layout.Topology, resaved: Path | None) -> list[Any]:
+def _load(family: Family, base: Path, config: Config, topology: layout.Topology, resaved: Path | None) -> list[Any]:
     """This rank's chunks of the model with the weights of `base`."""
-    from malora_dist.exchange.factory import plan_dispatch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     from malora_dist.checkpoint.adapter import load_base_weights
-    from malora_dist.families.llama import adapter_shapes, build_llama, transformer_config
+    from malora_dist.exchange.plan import plan_exchanges
     from malora_dist.layers.adapted_linear import is_adapter_key
     from malora_dist.layers.adapter import AdapterSettings
     from malora_dist.layers.routing_context import RoutingContext
+    from malora_dist.models.build import adapter_sites, build_stages
 
-    shapes = adapter_shapes(hf, config, topology.tp_size)
-    plan = plan_dispatch("local", config, shapes, topology.ep_group, topology.device, tokens=1, itemsize=4)
+    sites = adapter_sites(family.hf, config, topology)
+    plan = plan_exchanges(config, sites, topology.ep_group, topology.device)
     settings = AdapterSettings(config, topology, plan, RoutingContext(), seed=0)
-    model = build_llama(hf, transformer_config(hf, topology, config), settings, SEQUENCE)
+    model = build_stages(family, config, settings)
 
     def base_shards() -> dict[str, Any]:
         """With megatron's empty `_extra_state` objects."""

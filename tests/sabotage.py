@@ -82,33 +82,67 @@ def expert_factor() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def lost_output_gradient() -> Iterator[None]:
     """The column gather takes each TP rank's gradient for the whole instead of summing them."""
-    from malora_dist.layers import adapted_linear
+    from malora_dist.layers import crossing
 
-    gather = adapted_linear.gather_from_sequence_parallel_region
+    gather = crossing.gather_from_sequence_parallel_region
 
     def whole(tensor: Any, *args: Any, **kwargs: Any) -> Any:
         return gather(tensor, *args, **{**kwargs, "tensor_parallel_output_grad": False})
 
-    with patch.object(adapted_linear, "gather_from_sequence_parallel_region", whole):
+    with patch.object(crossing, "gather_from_sequence_parallel_region", whole):
+        yield
+
+
+@contextlib.contextmanager
+def unsummed_norms() -> Iterator[None]:
+    """DoRA's norms of a row-parallel weight are those of the rank's shard of the input."""
+    from malora_dist.layers.crossing import Crossing
+
+    with patch.object(Crossing, "summed_over_input", lambda self, share: share):
+        yield
+
+
+@contextlib.contextmanager
+def stale_norms() -> Iterator[None]:
+    """DoRA's norms are never computed again."""
+    from malora_dist.exchange.plan import ExchangePlan
+
+    with patch.object(ExchangePlan, "steps", property(lambda self: 0, lambda self, value: None), create=True):
         yield
 
 
 @contextlib.contextmanager
 def balance_after_gather() -> Iterator[None]:
     """The load-balancing loss of a column is taken after the gather, whole, on every TP rank."""
-    from malora_dist.layers.adapted_linear import LinearAdapters
+    from malora_dist.layers import linear_adapters
+    from malora_dist.layers.linear_adapters import LinearAdapters
 
-    route = LinearAdapters._route
+    route, attach = LinearAdapters._route, linear_adapters.attach_load_balancing
 
-    def late(self: Any, z_TY: Any, logits_TAN: Any) -> Any:
-        if self._style == "row" or self._tp == 1:
-            return route(self, z_TY, logits_TAN)
-        z_TY, logits_TAN = self._cross_tp_together(z_TY, logits_TAN)
-        routing = self._routing(logits_TAN)
+    class Alone:
+        """A crossing of nothing: every rank takes its tokens for all there are."""
+
+        size = 1
+
+        def __init__(self, group: Any) -> None:
+            self.group = group
+
+        @staticmethod
+        def summed(share: Any) -> Any:
+            return share
+
+    def late(self: Any, z: Any, logits: Any) -> Any:
+        if self._style == "row" or self._crossing.size == 1:
+            return route(self, z, logits)
+        with patch.object(linear_adapters, "attach_load_balancing", lambda z, *_: z):
+            z, routings = route(self, z, logits)
+        stacked = type(routings[0])(*(torch.stack(parts, dim=1) for parts in zip(*routings, strict=True)))
         context = self._settings.context
         tasks_T = context.token_task_BS.t().reshape(-1)
-        with patch.object(self, "_tp", 1), patch.object(context, "local_tasks", lambda *_: tasks_T):
-            return self._attach_load_balancing(z_TY, routing), routing
+        with patch.object(context, "local_tasks", lambda *_: tasks_T):
+            sites = [adapter.site for adapter in self._list]
+            z[0] = attach(z[0], stacked, self._method, context, Alone(self._crossing.group), sites)
+        return z, routings
 
     with patch.object(LinearAdapters, "_route", late):
         yield

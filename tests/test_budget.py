@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from malora_dist.errors import ConfigError
-from malora_dist.families.llama import projection_widths
+from malora_dist.families.base import projection_widths
 from malora_dist.families.shapes import base_parameters, released_config
 from malora_dist.methods.budget import (
     Ranks,

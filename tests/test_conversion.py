@@ -21,8 +21,8 @@ from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.checkpoint.convert import export_hf, fingerprint_hf, import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import TensorChunk, TorchDistReader, write_torch_dist
 from malora_dist.errors import CheckpointError
-from malora_dist.families.hf_config import read_llama_config, rope_inv_freq
-from malora_dist.families.hf_conversion import Chunk
+from malora_dist.families.base import family_of
+from malora_dist.families.conversion import Chunk
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
@@ -239,13 +239,14 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path, change: Callable, 
             "has both rope_parameters={'rope_type': 'llama3'",
         ),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must divide num_attention_heads=4"),
         ({"hidden_size": "big"}, "transformers refuses it (Validation error for field 'hidden_size'"),
     ],
 )
 def test_configs_that_are_refused(tmp_path: Path, llama: Path, fields: dict, message: str) -> None:
     hf = with_config(llama, tmp_path / "hf", **fields)
     with pytest.raises(CheckpointError, match=re.escape(message)) as error:
-        read_llama_config(hf)
+        family_of(hf)
     assert str(hf) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -261,7 +262,7 @@ def test_configs_that_are_refused(tmp_path: Path, llama: Path, fields: dict, mes
 )
 def test_rope_of_old_and_new_configs(tmp_path: Path, llama: Path, rope: dict, frequencies: list[float]) -> None:
     hf = with_config(llama, tmp_path / "hf", **{"rope_parameters": None} | rope)
-    torch.testing.assert_close(rope_inv_freq(read_llama_config(hf)), torch.tensor(frequencies))
+    torch.testing.assert_close(family_of(hf).rope_inv_freq(), torch.tensor(frequencies))
 
 
 def corrupt_weights(hf: Path) -> None:

@@ -24,8 +24,9 @@ from malora_dist.errors import CheckpointError
 from malora_dist.hf.export import write_peft_adapter
 from malora_dist.hf.keys import TensorKey
 from malora_dist.hf.read import read_peft_adapter
-from malora_dist.methods.spec import METHODS, AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 from tests.conftest import write_llama
+from tests.hf_models import PARAMETERS
 from tests.layouts import find
 from tests.test_parity import assemble, overrides
 from tests.workers import WorkerPool
@@ -34,17 +35,25 @@ LAYERS = 2
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 WIDTHS = {"q_proj": (32, 32), "v_proj": (32, 16), "down_proj": (48, 32)}
 QKV, FC2 = "decoder.layers.self_attention.linear_qkv.adapters", "decoder.layers.mlp.linear_fc2.adapters"
-METHODS_AND_FUSION = [(method, fused) for method in METHODS for fused in (False, True)]
+METHODS_AND_FUSION = [(method, fused) for method in PARAMETERS for fused in (False, True)]
+#: What no two projections share, where it is not B alone.
+OWN = {"dora": ("B", "magnitude"), "malora_b": ("S",)}
+STOCK_KEYS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+
+def spec_of(method: str = "malora", **fields: Any) -> AdapterSpec:
+    return AdapterSpec(method=method, target_modules=TARGETS, shared_dim=8, **fields)
 
 
 def stored_keys(spec: AdapterSpec) -> dict[str, list[tuple[str, str]]]:
     """{key of a stacked tensor in a checkpoint: the (projection, parameter)s that it is for}, by the docs."""
-    keys = {f"{FC2}.down_proj.{name}": [("down_proj", name)] for name in spec.parameter_names}
-    for name in spec.parameter_names:
+    names = PARAMETERS[spec.method]
+    keys = {f"{FC2}.down_proj.{name}": [("down_proj", name)] for name in names}
+    for name in names:
         if not spec.fuse_projections:
             keys |= {f"{QKV}.{p}.{name}": [(p, name)] for p in ("q_proj", "v_proj")}
-        elif name == "B":
-            keys |= {f"{QKV}.linear_qkv.B_{p}": [(p, name)] for p in ("q_proj", "v_proj")}
+        elif name in OWN.get(spec.method, ("B",)):
+            keys |= {f"{QKV}.linear_qkv.{name}_{p}": [(p, name)] for p in ("q_proj", "v_proj")}
         else:
             keys[f"{QKV}.linear_qkv.{name}"] = [("q_proj", name), ("v_proj", name)]
     return keys
@@ -57,7 +66,7 @@ def make_adapter_checkpoint(save: Path, spec: AdapterSpec, base: Path) -> dict[T
     full: dict[TensorKey, Tensor] = {}
     for key, holders in stored_keys(spec).items():
         projection, name = holders[0]
-        shape = spec.parameter_shape(name, *WIDTHS[projection])
+        shape = spec.declared.shape(name, *WIDTHS[projection])
         stacked = torch.randn(LAYERS, *shape)
         full |= {(layer, p, name): stacked[layer] for layer in range(LAYERS) for p, _ in holders}
         for rank, part in enumerate(stacked.chunk(2, dim=1)):
@@ -69,7 +78,7 @@ def make_adapter_checkpoint(save: Path, spec: AdapterSpec, base: Path) -> dict[T
     write_torch_dist(save / "iter_0000100", [*chunks, moment])
     info = read_base_info(base)
     text = {
-        "format_version": 1,
+        "format_version": 2,
         "spec": spec.adapter_fields(),
         "base": {"fingerprint": info.fingerprint, "hf_model_name_or_path": info.hf_model_name_or_path},
         "iteration": 100,
@@ -103,7 +112,7 @@ def run_tool(convert_tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 @pytest.mark.parametrize(("method", "fused"), METHODS_AND_FUSION)
 def test_adapter_weights_are_read_from_any_layout(tmp_path: Path, base_dir: Path, method: str, fused: bool) -> None:
-    spec = AdapterSpec(method=method, target_modules=TARGETS, fuse_projections=fused)
+    spec = spec_of(method, fuse_projections=fused)
     full = make_adapter_checkpoint(tmp_path, spec, base_dir)
     adapter = read_adapter_weights(tmp_path)
     assert (adapter.spec, adapter.iteration) == (spec, 100)
@@ -114,7 +123,7 @@ def test_adapter_weights_are_read_from_any_layout(tmp_path: Path, base_dir: Path
 def test_adapter_export_refuses_another_base(
     tmp_path: Path, llama_dir: Path, base_dir: Path, run_tool: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_adapter_checkpoint(tmp_path / "save", AdapterSpec(target_modules=TARGETS), base_dir)
+    make_adapter_checkpoint(tmp_path / "save", spec_of(), base_dir)
     arguments = ("export-adapter", "--megatron-path", tmp_path / "save", "--hf-path", tmp_path / "peft", "--hf-model")
     run_tool(*arguments, llama_dir)
     assert "exported 24 tensors of iteration 100" in capsys.readouterr().out
@@ -125,7 +134,7 @@ def test_adapter_export_refuses_another_base(
 
 
 def test_adapter_tensors_that_do_not_fit_their_description(tmp_path: Path, base_dir: Path) -> None:
-    make_adapter_checkpoint(tmp_path, AdapterSpec(target_modules=TARGETS), base_dir)
+    make_adapter_checkpoint(tmp_path, spec_of(), base_dir)
     file = tmp_path / "iter_0000100" / "adapter.json"
     text = json.loads(file.read_text())
     for change, message in (
@@ -158,7 +167,7 @@ def contents(peft: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Tens
 def test_export_import_export_is_exact(
     tmp_path: Path, base_dir: Path, method: str, fused: bool, run_tool: Callable[..., None]
 ) -> None:
-    spec = AdapterSpec(method=method, target_modules=TARGETS, fuse_projections=fused, use_rslora=True, lora_dropout=0.1)
+    spec = spec_of(method, fuse_projections=fused, use_rslora=True, lora_dropout=0.1, beta=1.25)
     full = make_adapter_checkpoint(tmp_path / "save", spec, base_dir)
     run_tool("export-adapter", "--megatron-path", tmp_path / "save", "--hf-path", tmp_path / "peft")
     options = ["--fuse-projections"] if fused else []
@@ -194,25 +203,29 @@ def stock_lora(llama: Path, directory: Path, **fields: Any) -> Path:
     return directory
 
 
-def test_a_lora_of_stock_peft(tmp_path: Path, llama_dir: Path, base_dir: Path, run_tool: Callable[..., None]) -> None:
-    peft = stock_lora(llama_dir, tmp_path / "peft")
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_lora_of_stock_peft(
+    tmp_path: Path, llama_dir: Path, base_dir: Path, run_tool: Callable[..., None], method: str
+) -> None:
+    peft = stock_lora(llama_dir, tmp_path / "peft", use_dora=method == "dora")
     arguments = ("import-adapter", "--adapter", peft, "--megatron-path", tmp_path / "imported")
     with pytest.raises(CheckpointError, match=r"does not tell the fingerprint of its base; .* --base"):
         run_tool(*arguments)
     run_tool(*arguments, "--base", base_dir)
     adapter = read_adapter_weights(tmp_path / "imported")
-    expected = AdapterSpec(method="lora", target_modules=TARGETS, lora_rank=4, lora_alpha=12)
-    assert (adapter.spec.projections, adapter.spec.scaling) == (expected.projections, 3.0)
+    assert (adapter.spec.method, adapter.spec.lora_rank, adapter.spec.lora_alpha) == (method, 4, 12)
+    assert adapter.spec.projections == ("q_proj", "v_proj", "down_proj")
     assert adapter.base_fingerprint == read_base_info(base_dir).fingerprint
     assert adapter.base_model_name_or_path == str(llama_dir)
     _, _, saved = contents(peft)
     assert_equal(
         adapter.tensors,
         {
-            (layer, p, name): saved[f"base_model.model.model.layers.{layer}.{block}.{p}.lora_{name}.weight"].float()
+            (layer, p, name): saved[f"base_model.model.model.layers.{layer}.{block}.{p}.{key}"].float()
             for layer in range(LAYERS)
             for p, block in (("q_proj", "self_attn"), ("v_proj", "self_attn"), ("down_proj", "mlp"))
-            for name in ("A", "B")
+            for name, key in STOCK_KEYS.items()
+            if name in PARAMETERS[method]
         },
     )
 
@@ -220,7 +233,7 @@ def test_a_lora_of_stock_peft(tmp_path: Path, llama_dir: Path, base_dir: Path, r
 @pytest.fixture
 def exported(tmp_path: Path, base_dir: Path) -> Path:
     """A MALoRA adapter of `base_dir` as PEFT directory."""
-    make_adapter_checkpoint(tmp_path / "save", AdapterSpec(target_modules=TARGETS), base_dir)
+    make_adapter_checkpoint(tmp_path / "save", spec_of(), base_dir)
     adapter = read_adapter_weights(tmp_path / "save")
     write_peft_adapter(tmp_path / "peft", adapter.spec, adapter.tensors, "some/base", adapter.base_fingerprint)
     return tmp_path / "peft"
@@ -248,6 +261,18 @@ def test_import_takes_only_the_base_of_the_adapter(
         import_hf(write_llama(tmp_path / "llama", **fields), base)
         with pytest.raises(CheckpointError, match=message):
             import_for(adapter, base)
+
+
+def test_other_parameters_may_be_frozen_from_an_import_on(
+    tmp_path: Path, exported: Path, base_dir: Path, run_tool: Callable[..., None]
+) -> None:
+    from malora_dist.checkpoint.adapter import check_adapter_matches
+
+    run_tool("import-adapter", "--adapter", exported, "--megatron-path", tmp_path / "imported")
+    frozen, base = spec_of(freeze=["S"]), read_base_info(base_dir)
+    check_adapter_matches(checkpoint_dir(tmp_path / "imported"), frozen, base)
+    with pytest.raises(CheckpointError, match=r"has freeze=\[\], the config says \['S'\]; set it to the checkpoint's"):
+        check_adapter_matches(checkpoint_dir(tmp_path / "save"), frozen, base)
 
 
 def test_fusing_needs_equal_copies(tmp_path: Path, exported: Path, run_tool: Callable[..., None]) -> None:
@@ -280,10 +305,12 @@ def test_import_replaces_only_an_earlier_import(tmp_path: Path, exported: Path, 
         ({"target_modules": ["q_proj", "v_proj"]}, r"down_proj\.malora_B' \(8 such\) is not part of the adapter"),
         ({"target_modules": [*TARGETS, "k_proj"]}, r"8 missing: layers\.0\.k_proj\.B"),
         ({"topk": 9}, "topk=9: must not exceed num_lora_experts=8"),
-        ({"lora_rank": "8"}, "not supported between"),
+        ({"lora_rank": "8"}, "lora_rank='8', must be of type int; save"),
+        ({"method": None}, "method=None, must be of type str; save"),
+        ({"freeze": "S"}, "freeze='S', must be of type list; save"),
         (
             {"num_lora_experts": 4},
-            r"of another shape: layers\.0\.down_proj\.B is \[8, 32, 10\] instead of \[4, 32, 10\]",
+            r"of another shape: layers\.0\.down_proj\.B is \[8, 32, 12\] instead of \[4, 32, 12\]",
         ),
     ],
 )
@@ -299,7 +326,7 @@ def test_configs_that_cannot_be_imported(exported: Path, fields: dict[str, Any],
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "use_dora=True has no place"),
+        ({"use_dora": True}, r"6 missing: layers\.0\.down_proj\.magnitude, "),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"layers_to_transform": [0]}, r"layers_to_transform=\[0\]"),
@@ -356,8 +383,9 @@ def test_adapters_that_are_not_whole(exported: Path, damage: Callable[[Path], No
 @pytest.mark.parametrize(
     ("layout", "adapter"),
     [
+        ("TP 2", ["method=dora"]),
         ("TP 2, EP 2", ["method=molora"]),
-        ("PP 2 interleaved, EP 2", ["method=malora", "fuse_projections=true"]),
+        ("PP 2 interleaved, EP 2", ["method=malora", "fuse_projections=true", "freeze=[S]"]),
     ],
 )
 def test_any_layout_exports_its_shards_and_training_starts_from_them(
@@ -379,11 +407,11 @@ def test_any_layout_exports_its_shards_and_training_starts_from_them(
     run_tool("export-adapter", "--megatron-path", tmp_path / "save", "--hf-path", tmp_path / "peft")
     spec = read_adapter_weights(tmp_path / "save").spec
     expected = {
-        (layer, p, name): trained[f"layers.{layer}.{group}.{spec.stored_name(name, p, projections)}"]
+        (layer, p, name): trained[f"layers.{layer}.{adapter}.{key}"]
         for layer in range(place.layers)
-        for group, projections in spec.adapter_groups
-        for p in projections
-        for name in spec.parameter_names
+        for adapter, projections in spec.adapters
+        for key, (name, served) in spec.stored_parameters(projections).items()
+        for p in served
     }
     assert_equal(read_peft_adapter(tmp_path / "peft").tensors, expected)
 
@@ -394,4 +422,5 @@ def test_any_layout_exports_its_shards_and_training_starts_from_them(
     assert start.keys() == trained.keys()
     for key, (_, _, parameter) in start.items():
         assert torch.equal(parameter, trained[key]), key
-        assert not torch.equal(parameter, end[key][2]), f"{key} did not learn"
+        is_frozen = key.rpartition(".")[2] in spec.freeze
+        assert torch.equal(parameter, end[key][2]) == is_frozen, f"{key} did not learn, or did though it is frozen"

@@ -100,7 +100,6 @@ def test_collate() -> None:
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
     assert batch.token_task_BS.tolist() == [[1, 1, 1, 1, 0, 0], [3, 3, 0, 0, 0, 0]]
     assert batch.document_BS is None
-    assert torch.equal(batch.marks, batch.token_task_BS[None])
     assert batch.answers_L.tolist() == [1, 3, 4, 6]  # position by position, both rows of each
     assert batch.loss_mask_BS.dtype is torch.float32
     for tensor in (batch.tokens_BS, batch.labels_BS, batch.position_ids_BS, batch.token_task_BS):

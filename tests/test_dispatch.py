@@ -1,4 +1,4 @@
-"""Dispatchers on handmade routing against the dense sum: values and gradients, uneven and empty ranks.
+"""Exchanges on handmade routing against the dense sum: values and gradients, uneven and empty ranks.
 
 float64; tolerance 1e-12, as only the order of summation differs.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from malora_dist.exchange.cost import AdapterShape, cheaper_dispatch, expected_ranks
 from torch import Tensor
 
 from malora_dist.errors import BackendUnavailableError
+from malora_dist.exchange.all_to_all import expected_ranks
+from malora_dist.exchange.base import Site
 from malora_dist.exchange.fastmoe import load_fmoe_functions
+from malora_dist.exchange.plan import cheapest_exchange
 from malora_dist.methods.spec import AdapterSpec
 from tests.workers import WorkerPool
 
-N, Z, M = 4, 3, 5
+EXPERTS, SENT, RETURNED = 4, 3, 5
 
 #: Experts of each rank's tokens [T, K], by case; two ranks hold experts (0, 1) and (2, 3).
 CASES: dict[str, list[list[list[int]]]] = {
@@ -31,9 +33,9 @@ def inputs(case: str) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]
     g = torch.Generator().manual_seed(0)
     topk = len(CASES[case][0][0])
     experts = [torch.tensor(e, dtype=torch.int64).view(-1, topk) for e in CASES[case]]
-    z = [torch.randn(len(e), Z, dtype=torch.float64, generator=g) for e in experts]
+    z = [torch.randn(len(e), SENT, dtype=torch.float64, generator=g) for e in experts]
     gates = [torch.rand(len(e), topk, dtype=torch.float64, generator=g) for e in experts]
-    return z, experts, gates, torch.randn(N, Z, M, dtype=torch.float64, generator=g)
+    return z, experts, gates, torch.randn(EXPERTS, SENT, RETURNED, dtype=torch.float64, generator=g)
 
 
 def expected(case: str) -> dict[str, list[Tensor] | Tensor]:
@@ -54,13 +56,20 @@ def test_two_ranks(case: str, dispatch: str, workers: WorkerPool) -> None:
         pytest.skip("untested upstream; the trainer never sends an empty batch")
     z, experts, gates, weights = inputs(case)
     results = workers.run(
-        "dispatch_and_combine", 2, dispatch=dispatch, num_experts=N, z=z, experts=experts, gates=gates, weights=weights
+        "dispatch_and_combine",
+        2,
+        dispatch=dispatch,
+        num_experts=EXPERTS,
+        z=z,
+        experts=experts,
+        gates=gates,
+        weights=weights,
     )
     want = expected(case)
     for rank, got in enumerate(results):
         for what in ("y", "z", "gates"):
             torch.testing.assert_close(got[what], want[what][rank], rtol=1e-12, atol=1e-12)
-        half = slice(rank * N // 2, (rank + 1) * N // 2)
+        half = slice(rank * EXPERTS // 2, (rank + 1) * EXPERTS // 2)
         torch.testing.assert_close(got["weights"], want["weights"][half], rtol=1e-12, atol=1e-12)
     if dispatch == "all_to_all":  # one row per (token, rank)
         ranks_wanted = [{(t, e // 2) for t, row in enumerate(rows) for e in row} for rows in CASES[case]]
@@ -72,7 +81,14 @@ def test_two_ranks(case: str, dispatch: str, workers: WorkerPool) -> None:
 def test_one_rank(dispatch: str, workers: WorkerPool) -> None:
     z, experts, gates, weights = (x[:1] if isinstance(x, list) else x for x in inputs("mixed"))
     (got,) = workers.run(
-        "dispatch_and_combine", 1, dispatch=dispatch, num_experts=N, z=z, experts=experts, gates=gates, weights=weights
+        "dispatch_and_combine",
+        1,
+        dispatch=dispatch,
+        num_experts=EXPERTS,
+        z=z,
+        experts=experts,
+        gates=gates,
+        weights=weights,
     )
     y = torch.einsum("tz,tkzm,tk->tm", z[0], weights[experts[0]], gates[0])
     torch.testing.assert_close(got["y"], y, rtol=1e-12, atol=1e-12)
@@ -87,7 +103,7 @@ def test_rows_travel_behind_the_frozen_gemm_forward_and_backward(workers: Worker
 @pytest.mark.parametrize(
     ("num_experts", "tokens", "chosen"),
     [
-        (8, 512, "gather_experts"),  # 80 x (10 + 4096) numbers once, against 512 x 2 x 4096
+        (8, 512, "gather_experts"),  # 96 x (32 + 4096) numbers once, against 512 x 2 x 4096
         (8, 16, "all_to_all"),  # a few tokens are less than the experts
         (64, 8192, "gather_experts"),
         (512, 8192, "all_to_all"),  # fewer bytes to gather, but copies larger than the frozen linear
@@ -95,8 +111,9 @@ def test_rows_travel_behind_the_frozen_gemm_forward_and_backward(workers: Worker
 )
 def test_the_rule_of_auto(num_experts: int, tokens: int, chosen: str) -> None:
     """A square layer 4096 wide in bfloat16, EP 8."""
-    spec = AdapterSpec(num_lora_experts=num_experts)
-    assert cheaper_dispatch(spec, AdapterShape(4096, 4096, True), 8, tokens, itemsize=2) == chosen
+    method = AdapterSpec(num_lora_experts=num_experts).declared
+    site = Site(method, 4096, 4096, "column", tensor_parallel=1, expert_parallel=8, tokens=tokens, itemsize=2)
+    assert cheapest_exchange(site) == chosen
 
 
 def test_expected_ranks() -> None:

@@ -14,11 +14,13 @@ from types import ModuleType
 
 import pytest
 
-from malora_dist.config import DATA_FORMATS, SECTIONS, TaskConfig, load_config
+from malora_dist.config import SECTIONS, TaskConfig
+from malora_dist.config_file import load_config
 from malora_dist.data.formats import load_examples
-from malora_dist.methods.base import METHODS as METHODS_IN_CODE
+from malora_dist.fields import rules_of
+from malora_dist.methods.base import METHODS
 from malora_dist.methods.spec import AdapterSpec
-from tests.layouts import LAYOUTS, METHODS
+from tests.layouts import LAYOUTS, label
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -73,7 +75,7 @@ def test_keys_in_the_readme_have_the_defaults_it_gives() -> None:
 
 def test_defaults_in_words_are_those_of_the_methods() -> None:
     """lora_rank is 12 for MALoRA and the ablations made of it, 8 for all others."""
-    ranks = {method: AdapterSpec(method=method).lora_rank for method in METHODS_IN_CODE}
+    ranks = {method: AdapterSpec(method=method).lora_rank for method in METHODS}
     assert {method for method, rank in ranks.items() if rank == 12} == {"malora", "malora_b", "malora_unshared"}
     assert {rank for rank in ranks.values() if rank != 12} == {8}
     assert all(AdapterSpec(method=method).lora_alpha == 2.0 * ranks[method] for method in ranks)
@@ -82,7 +84,7 @@ def test_defaults_in_words_are_those_of_the_methods() -> None:
 def test_every_method_has_a_row_in_the_readme_and_in_the_page_of_methods() -> None:
     for page in (README, ROOT / "docs" / "methods.md"):
         text = page.read_text(encoding="utf-8")
-        assert [method for method in METHODS_IN_CODE if f"`{method}`" not in text] == [], page.name
+        assert [method for method in METHODS if f"`{method}`" not in text] == [], page.name
 
 
 def test_every_config_is_listed() -> None:
@@ -171,7 +173,7 @@ def test_example_records_are_read(tmp_path: Path) -> None:
     """Each line of the README's block of records is one format; their columns tell which."""
     (block,) = blocks(README, "json")
     records = {tuple(json.loads(line)): line for line in block.splitlines()}
-    assert len(records) == len(DATA_FORMATS) - 1, "one record of each format, but for auto"
+    assert len(records) == len(rules_of(TaskConfig, "format").choices) - 1, "one record of each format, but for auto"
     del records[("messages",)]  # needs a tokenizer with a chat template
     for line in records.values():
         file = tmp_path / "one.jsonl"
@@ -217,7 +219,7 @@ def test_the_table_of_layouts_is_that_of_the_tests() -> None:
             *map(str, (layout.processes, layout.tp, layout.pp)),
             "/".join(map(str, layout.stages)) or str(layout.chunks),
             *map(str, (layout.dp, layout.ep)),
-            "all seven" if layout.methods == METHODS else ", ".join(layout.methods),
+            label(layout.methods),
         ]
         for layout in LAYOUTS
     ]

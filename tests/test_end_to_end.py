@@ -1,4 +1,4 @@
-"""Real model, real data, the whole way: convert, train at EP=2, export, reload with PEFT, compare logits.
+"""Real model, real data, the whole way: convert, train on two processes, export, reload with PEFT, compare logits.
 
 float32 on both sides; logits agree within 1e-4 (two implementations of the same Llama).
 """
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import malora_dist.hf  # noqa: F401  registers the tuner
 from malora_dist.checkpoint.convert import import_hf, read_adapter_weights
 from malora_dist.hf.export import write_peft_adapter
-from malora_dist.methods.spec import METHODS
+from tests.hf_models import TUNED
 from tests.workers import WorkerPool
 
 FILES = {
@@ -40,12 +40,12 @@ def stories(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["dora", "hydralora", "malora"])
 def test_every_task_improves_and_hugging_face_agrees(
     method: str, stories: Path, shared: Path, workers: WorkerPool, tmp_path: Path
 ) -> None:
     base = shared / "models" / "stories260k"
-    expert_parallel = 2 if method in ("molora", "malora") else 1
+    expert_parallel = 2 if method in TUNED else 1
     tokenizer = AutoTokenizer.from_pretrained(base)
     token_ids = torch.tensor([tokenizer("Once upon a time, there was a little girl named Lily.").input_ids])
     results = workers.run(

@@ -21,7 +21,7 @@ from malora_dist.data.formats import load_examples
 from malora_dist.data.segments import Example, Segment
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.hf.evaluate import evaluate, extract_answer, load_adapter, load_base
-from tests.hf_models import adapter_config, randomise
+from tests.hf_models import STOCK, adapter_config, randomise
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "evaluate.py"
 NEW_TOKENS = 6
@@ -183,11 +183,12 @@ def test_user_errors_are_one_line(
     assert any(part in error for part in message.split("|"))
 
 
-@pytest.mark.parametrize("kind", ["malora", "lora"])
+@pytest.mark.parametrize("kind", ["malora", "hydralora", "lora", "dora"])
 @pytest.mark.parametrize("change", [{"hidden_size": 16}, {"num_hidden_layers": 3}, {"num_hidden_layers": 1}])
 def test_adapter_of_another_base_is_refused(kind: str, change: dict[str, int], model_dir: Path, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(model_dir)
-    config = adapter_config() if kind == "malora" else LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    stock = LoraConfig(target_modules=["q_proj"], use_dora=kind == "dora", task_type="CAUSAL_LM")
+    config = stock if kind in STOCK else adapter_config(kind)
     get_peft_model(base, config).save_pretrained(tmp_path)
     other = LlamaForCausalLM(type(base.config)(**base.config.to_dict() | change | {"head_dim": 8}))
     with pytest.raises(CheckpointError, match="trained on another base"):
@@ -195,7 +196,7 @@ def test_adapter_of_another_base_is_refused(kind: str, change: dict[str, int], m
 
 
 def test_a_real_model_writes_stories(shared: Path, tmp_path: Path) -> None:
-    """Batched with padding, a real model answers as it does alone; a LoRA saved by stock PEFT loads."""
+    """Batched with padding, a real model answers as it does alone; a DoRA saved by stock PEFT loads."""
     model, tokenizer = load_base(shared / "models" / "stories260k")
     starts = ["Once upon a time", "Tom and Lily", "The cat"]
     ids = [tokenizer(start, return_tensors="pt") for start in starts]
@@ -203,9 +204,9 @@ def test_a_real_model_writes_stories(shared: Path, tmp_path: Path) -> None:
         texts = [model.generate(**i, max_new_tokens=12, do_sample=False)[0, i.input_ids.shape[1] :] for i in ids]
     answers = [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
     examples = [Example((Segment(s, False), Segment(a, True))) for s, a in zip(starts, answers, strict=True)]
-    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    lora.save_pretrained(tmp_path)
-    scored = load_adapter(lora.unload(), tmp_path)
+    dora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"))
+    dora.save_pretrained(tmp_path)
+    scored = load_adapter(dora.unload(), tmp_path)
     assert isinstance(scored, PeftModel)
     score = evaluate(scored, tokenizer, examples, batch_size=3, max_new_tokens=12)
     assert score.exact_match == 1.0

@@ -1,9 +1,8 @@
-"""The PEFT tuner against a literal loop, and every behaviour PEFT users expect of a tuner."""
+"""The PEFT tuner against the formulas, and every behaviour PEFT users expect of a tuner."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,47 +12,39 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from malora_dist.errors import CheckpointError, ConfigError, MaloraError
 from malora_dist.hf import MaloraConfig, MaloraLayer
-from malora_dist.hf.keys import saved_key
-from malora_dist.methods.start import initial_parameter
-from tests.hf_models import PAD, adapted, adapter_config, batch, inputs, logits, randomise, tiny_llama
-
-METHODS = ("molora", "malora")
-
-
-def literal_layer(
-    config: MaloraConfig, params: dict[str, Tensor], x_TI: Tensor, valid_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The formulas of README.md, token by token and expert by expert: (delta [T, M], load-balancing loss [])."""
-    rows, counts, probabilities = [], torch.zeros(config.num_lora_experts), torch.zeros(config.num_lora_experts)
-    for x, valid in zip(x_TI, valid_T, strict=True):
-        p = torch.softmax(params["router"].float() @ x.float(), dim=0)
-        chosen = p.argsort(descending=True)[: config.topk]
-        gates = p[chosen] / p[chosen].sum() if config.norm_topk_prob and config.topk > 1 else p[chosen]
-        down = params["P"] @ params["S"] if config.method == "malora" else params["A"]
-        experts = zip(gates, chosen, strict=True)
-        rows.append(sum(config.scaling * gate * (params["B"][e] @ (down[e] @ x)) for gate, e in experts))
-        if valid:
-            counts[chosen] += 1 / config.topk
-            probabilities = probabilities + p
-    share = counts / valid_T.sum() * (probabilities / valid_T.sum())
-    return torch.stack(rows), config.aux_loss_coeff * config.num_lora_experts * share.sum()
+from malora_dist.methods.base import METHODS
+from malora_dist.methods.initial import initial_parameter
+from tests.hf_models import (
+    PAD,
+    PARAMETERS,
+    TUNED,
+    adapted,
+    adapter_config,
+    assert_same_gradients,
+    batch,
+    formula,
+    inputs,
+    logits,
+    parameters_of,
+    randomise,
+    tiny_llama,
+)
 
 
 @contextlib.contextmanager
 def literal_forward(model: PeftModel, valid_T: Tensor) -> Iterator[list[Tensor]]:
-    """Replace the layers' maths by the literal loop; yields the list of load-balancing losses."""
+    """Replace the layers' maths by the formulas; yields the list of load-balancing losses."""
     losses: list[Tensor] = []
 
     def forward(layer: MaloraLayer, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        config = layer.adapter_configs["default"]
-        params = {name: getattr(layer, f"malora_{name}")["default"] for name in config.parameter_names}
-        delta, loss = literal_layer(config, params, args[0].flatten(0, 1), valid_T)
+        params, x_TI = parameters_of(layer), args[0].flatten(0, 1)
+        y, loss = formula(layer.adapter_configs["default"], params, x_TI, layer.base_layer.weight, valid_T)
         losses.append(loss)
-        return layer.base_layer(args[0]) + delta.view_as(output)
+        return y.view_as(output)
 
     layers = [m for m in model.modules() if isinstance(m, MaloraLayer)]
     hooks = [layer.register_forward_hook(forward) for layer in layers]
@@ -70,22 +61,22 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def assert_same_gradients(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, gradient in ours.items():
-        torch.testing.assert_close(gradient, theirs[name], rtol=tolerance, atol=tolerance * 0.1, msg=name)
+def test_these_are_all_the_methods() -> None:
+    ours = {name: method for name, method in METHODS.items() if method.__module__.startswith("malora_dist.methods.")}
+    assert {name: set(method.parameters) for name, method in ours.items()} == {k: {*v} for k, v in PARAMETERS.items()}
+    assert {name for name, method in ours.items() if method.peft is None} == set(TUNED)
 
 
 @pytest.mark.parametrize(
-    ("method", "changes"),
+    ("method", "changes", "frozen"),
     [
-        ("malora", {}),
-        ("molora", {}),
-        ("malora", {"topk": 1}),
-        ("malora", {"norm_topk_prob": False, "use_rslora": True}),
+        *((method, {}, "A" if method == "mo_asymmetric_lora" else "") for method in TUNED),
+        ("malora", {"topk": 1}, ""),
+        ("malora", {"norm_topk_prob": False, "use_rslora": True, "lora_alpha": 6.0}, ""),
+        ("malora", {"freeze": ["S"]}, "S"),
     ],
 )
-def test_forward_loss_and_gradients_equal_the_literal_loop(method: str, changes: dict[str, Any]) -> None:
+def test_forward_loss_and_gradients_equal_the_formulas(method: str, changes: dict[str, Any], frozen: str) -> None:
     model, data = adapted(method, **changes).train(), batch()
     ours = model(**data)
     ours.loss.backward()
@@ -98,22 +89,29 @@ def test_forward_loss_and_gradients_equal_the_literal_loop(method: str, changes:
     torch.testing.assert_close(ours.loss, total)
     assert len(losses) == 2 * 7
     assert_same_gradients(our_gradients, gradients(model))
-    expected = {n for n, p in model.named_parameters() if "malora_" in n}
-    assert our_gradients.keys() == expected
+    assert {name.split(".")[-2] for name in our_gradients} == {f"malora_{n}" for n in TUNED[method] if n != frozen}
+    assert len(our_gradients) == 2 * 7 * (len(TUNED[method]) - bool(frozen))
     assert all(g.abs().max() > 0 for g in our_gradients.values())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TUNED)
 def test_start_values_are_those_of_the_other_side_and_leave_the_base_unchanged(method: str) -> None:
     base = logits(tiny_llama())
-    model = get_peft_model(tiny_llama(torch.bfloat16), adapter_config(method, seed=7))
-    config = model.peft_config["default"]
-    down = model.get_base_model().model.layers[1].mlp.down_proj
-    for name in config.parameter_names:
-        value = getattr(down, f"malora_{name}")["default"]
+    config = adapter_config(method, seed=7, beta=0.5)
+    model = get_peft_model(tiny_llama(torch.bfloat16), config)
+    for name, value in parameters_of(model.get_base_model().model.layers[1].mlp.down_proj).items():
         assert value.dtype == torch.float32
-        assert torch.equal(value, initial_parameter(config, name, 48, 32, 7, 1, "down_proj"))
+        assert torch.equal(value, initial_parameter(config.declared, name, 48, 32, 7, 1, "down_proj"))
     assert torch.equal(logits(get_peft_model(tiny_llama(), adapter_config(method))), base)
+
+
+def test_ranks_and_scalings_have_the_method_s_defaults() -> None:
+    def settings(method: str) -> tuple[object, ...]:
+        config = MaloraConfig(method=method)
+        return config.lora_rank, config.lora_alpha, config.shared_dim, config.beta
+
+    assert settings("malora") == (12, 24.0, 32, 1.0)
+    assert settings("hydralora")[:2] == (8, 16.0)
 
 
 def test_only_adapters_train_and_saved_target_modules_are_sorted(tmp_path: Path) -> None:
@@ -126,17 +124,28 @@ def test_only_adapters_train_and_saved_target_modules_are_sorted(tmp_path: Path)
     }
     model.save_pretrained(tmp_path)
     assert MaloraConfig.from_pretrained(tmp_path).target_modules == ["down_proj", "q_proj", "v_proj"]
-    config, keys = model.peft_config["default"], set(load_file(tmp_path / "adapter_model.safetensors"))
-    linears = [(layer, projection) for layer in (0, 1) for projection in ("q_proj", "v_proj", "down_proj")]
-    assert keys == {saved_key(config, *linear, name) for linear in linears for name in ("router", "S", "P", "B")}
+    linears = [
+        f"layers.{i}.{linear}" for i in (0, 1) for linear in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    ]
+    keys = {
+        f"base_model.model.model.{linear}.malora_{name}" for linear in linears for name in ("router", "S", "P", "B")
+    }
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == keys
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "lora"}, "method='lora': .*LoraConfig"),
+        ({"method": "lora"}, r"method='lora': .*use peft.LoraConfig\(use_dora=False\)"),
+        ({"method": "dora"}, r"method='dora': .*use peft.LoraConfig\(use_dora=True\)"),
+        ({"method": "qlora"}, "method='qlora': must be one of asymmetric_lora, dora, "),
+        ({"method": "malora_unshared", "shared_dim": 6}, "shared_dim=6: must be divisible by num_lora_experts=4"),
+        ({"freeze": ["A"]}, "freeze='A': is no parameter of method=malora"),
+        ({"fuse_projections": True}, "fuse_projections=True: must be false"),
+        ({"beta": 0.0}, "beta=0.0: must be above 0"),
+        ({"rank_expansion": 1.25}, "rank_expansion=1.25: is of MALoRA in a former form of this project"),
         ({"target_modules": "q_.*"}, "target_modules='q_.*': must be a list"),
-        ({"target_modules": ["lm_head"]}, "target_modules='lm_head': matches no projection"),
+        ({"target_modules": ["lm_head"]}, "target_modules='lm_head': must be one of q_proj"),
         ({"topk": 9}, "topk=9: must not exceed num_lora_experts=4"),
     ],
 )
@@ -193,7 +202,7 @@ def narrow_one(tensors: dict[str, Tensor]) -> None:
     [
         (drop_one, r"1 missing: .*1\.mlp\.gate_proj\.malora_P"),
         (add_one, r"1 unexpected: .*layers\.9"),
-        (narrow_one, r"1 of another shape: .*up_proj.malora_S.* is \[6, 1\] instead of \[6, 32\]"),
+        (narrow_one, r"1 of another shape: .*up_proj.malora_S.* is \[8, 1\] instead of \[8, 32\]"),
     ],
 )
 @pytest.mark.parametrize("through", ["from_pretrained", "load_adapter"])
@@ -340,57 +349,3 @@ def test_a_hook_on_the_base_sees_the_base_alone() -> None:
     with torch.no_grad():
         assert not torch.equal(layer(x), kept[0])
         assert torch.equal(torch.nn.functional.linear(x, layer.base_layer.weight, layer.base_layer.bias), kept[0])
-
-
-class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __init__(self, rows: list[dict[str, Tensor]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        return self.rows[i]
-
-
-def train(
-    model: PeftModel, rows: list[dict[str, Tensor]], accumulation: int, directory: Path
-) -> tuple[float, dict[str, Tensor]]:
-    """One optimizer step of transformers' Trainer over all rows: (logged loss, trained parameters)."""
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        per_device_train_batch_size=len(rows) // accumulation,
-        max_steps=1,
-        logging_steps=1,
-        gradient_accumulation_steps=accumulation,
-        optim="sgd",
-        learning_rate=1.0,
-        max_grad_norm=0.0,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        lr_scheduler_type="constant",
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Samples(rows))
-    trainer.train()
-    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return logged, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def test_trainer_counts_the_auxiliary_loss_once_per_step(tmp_path: Path) -> None:
-    """Four equal samples: the product of averages is then the same for one batch of 4 and for 4 microbatches of 1."""
-    row = {k: v[0] for k, v in batch(rows=1, length=8).items()}
-    row["labels"][:3] = -100
-    results = [train(adapted(aux_loss_coeff=1.0), [row] * 4, steps, tmp_path) for steps in (1, 4)]
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
-    assert_same_gradients(results[0][1], results[1][1])
-
-
-def test_trainer_weights_microbatches_by_their_answer_tokens(tmp_path: Path) -> None:
-    rows = [{k: v[0] for k, v in batch(rows=1, length=8, seed=s).items()} for s in (3, 4)]
-    rows[0]["labels"][:6] = -100  # 2 and 7 answer tokens: position 0 is never a target
-    model = adapted(aux_loss_coeff=1.0).train()
-    both = [model(**{k: v.unsqueeze(0) for k, v in row.items()}).loss.item() for row in rows]
-    logged, _ = train(copy.deepcopy(model), rows, 2, tmp_path)
-    assert logged == pytest.approx((2 * both[0] + 7 * both[1]) / 9, rel=1e-3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from malora_dist.config import load_config
+from malora_dist.config_file import load_config
 from malora_dist.errors import ConfigError
 
 

@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from malora_dist.checkpoint.base import checkpoint_dir
 from malora_dist.checkpoint.convert import import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import HfWeights, TorchDistReader
-from malora_dist.families.hf_config import read_llama_config, rope_inv_freq
-from malora_dist.families.hf_conversion import conversion_map
+from malora_dist.families.base import family_of
+from malora_dist.families.conversion import conversion_map
+from malora_dist.families.llama import Llama
 from tests.jobs_conversion import SEQUENCE, token_ids
 from tests.workers import WorkerPool
 
@@ -166,9 +167,11 @@ def test_logits_equal_transformers(
 def test_a_wrong_rope_would_show(family: str, families: dict[str, Path]) -> None:
     """The comparison above can tell scaled frequencies from plain ones, and within llama3's also its three bands."""
     hf = families[family] / "hf"
-    config = read_llama_config(hf)
+    scaled = family_of(hf)
+    config = scaled.hf
     plain = {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]}
-    ratios = rope_inv_freq(LlamaConfig(**config.to_dict() | {"rope_parameters": plain})) / rope_inv_freq(config)
+    unscaled = Llama(LlamaConfig(**config.to_dict() | {"rope_parameters": plain}))
+    ratios = unscaled.rope_inv_freq() / scaled.rope_inv_freq()
     factor = config.rope_parameters["factor"]
     if config.rope_parameters["rope_type"] == "llama3":
         assert (ratios == 1).any()
@@ -184,10 +187,10 @@ def test_both_spellings_of_config_json_are_the_same_model(family: str, tmp_path:
     for directory, fields in ((old, FAMILIES[family]), (new, in_transformers_5(FAMILIES[family]))):
         directory.mkdir()
         (directory / "config.json").write_text(json.dumps(fields))
-    before, after = read_llama_config(old), read_llama_config(new)
-    assert torch.equal(rope_inv_freq(before), rope_inv_freq(after))
+    before, after = family_of(old), family_of(new)
+    assert torch.equal(before.rope_inv_freq(), after.rope_inv_freq())
     assert conversion_map(before) == conversion_map(after)
-    assert before.dtype == after.dtype
+    assert before.hf.dtype == after.hf.dtype
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,10 +202,10 @@ def test_any_layout_loads_the_same_bits(
     weights = HfWeights(families[family] / "hf")
     resaved = TorchDistReader(families[family] / "resaved")
     assert resaved.tensors.keys() == TorchDistReader(checkpoint_dir(families[family] / "base")).tensors.keys()
-    config = read_llama_config(families[family] / "hf")
-    for chunk in conversion_map(config):
+    model = family_of(families[family] / "hf")
+    for chunk in conversion_map(model):
         for key, tensor in chunk.split(resaved.read(chunk.key, chunk.offset, chunk.shape)).items():
             assert torch.equal(tensor, weights.read(key).float()), key
     embedding = resaved.read("embedding.word_embeddings.weight")
-    assert embedding.shape[0] == config.vocab_size + config.vocab_size % 2
-    assert not embedding[config.vocab_size :].any()
+    assert embedding.shape[0] == model.hf.vocab_size + model.hf.vocab_size % 2
+    assert not embedding[model.hf.vocab_size :].any()

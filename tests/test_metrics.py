@@ -1,13 +1,18 @@
-"""What a run reports: TensorBoard tags, routing counts that add up, the banner, a bf16 run."""
+"""What a run reports: loggers, TensorBoard tags, routing counts that add up; and a bf16 run."""
 
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from malora_dist.config import Config
+from malora_dist.metrics.loggers import base
+from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
 
@@ -15,6 +20,73 @@ SITES = [
     f"layers.{i}.{p}" for i in range(2)
     for p in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ]  # fmt: skip
+
+
+def test_console(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line for a logged step, one for an evaluation, nothing for what the console does not show."""
+    loggers = make_loggers(Config(train_iters=400))
+    step = {"grad-norm": 0.12345, "lm loss": 2.3, "learning-rate": 3e-4, "throughput": 1234.5, "iteration-time": 0.25}
+    loggers.log(Metrics(step | {"lm loss/add": 2.2}, {"malora/tokens per expert/x": [1.0, 2.0]}), 20)
+    loggers.log(Metrics(step | {"malora/balance": 1.5}), 200)
+    loggers.log(Metrics({"lm loss validation": 1.5, "lm loss validation/add": 1.0, "lm loss validation/b c": 2.0}), 20)
+    loggers.log(Metrics({"malora/bytes/ep": 1.0}), 20)
+    loggers.message("two\nlines")
+    loggers.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "iteration  20/400 | lm loss 2.3000 | lr 3.00e-04 | grad-norm 0.123 | tokens/s 1,234 | "
+        "s/it 0.250 | ETA 0:01:35",
+        "iteration 200/400 | lm loss 2.3000 | lr 3.00e-04 | grad-norm 0.123 | balance 1.50 | tokens/s 1,234 | "
+        "s/it 0.250 | ETA 0:00:50",
+        "validation at iteration 20: add 1.0000, b c 2.0000",
+        "two",
+        "lines",
+    ]
+
+
+def test_where_tensorboard_writes(tmp_path: Path) -> None:
+    for config, directory in (
+        (Config(save=str(tmp_path / "a")), tmp_path / "a" / "tensorboard"),
+        (Config(save=str(tmp_path / "b"), tensorboard_dir=str(tmp_path / "c")), tmp_path / "c"),
+    ):
+        loggers = make_loggers(config)
+        loggers.log(Metrics({"lm loss validation": 0.5}, {"counts": [3.0, 0.0, 1.0]}), 7)
+        loggers.close()
+        events = read_events(directory)
+        [scalar], [histogram] = events.Scalars("lm loss validation"), events.Histograms("counts")
+        assert (scalar.step, scalar.value) == (7, 0.5)
+        assert (histogram.step, list(histogram.histogram_value.bucket)) == (7, [3.0, 0.0, 1.0])
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_new_logger_is_a_new_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is found beside the others is used, where it wants to be."""
+    seen: list[int] = []
+
+    class Noting:
+        def message(self, text: str) -> None: ...
+
+        def log(self, metrics: Metrics, step: int) -> None:
+            seen.append(step)
+
+        def close(self) -> None: ...
+
+    module = ModuleType("noting")
+    vars(module)["make"] = lambda config: Noting() if config.train_iters == 3 else None
+    monkeypatch.setitem(sys.modules, "malora_dist.metrics.loggers.noting", module)
+    files = [SimpleNamespace(name=name) for name in ("base", "noting")]
+    monkeypatch.setattr(base.pkgutil, "iter_modules", lambda _: files)
+    make_loggers(Config(train_iters=3)).log(Metrics(), 1)
+    make_loggers(Config(train_iters=4)).log(Metrics(), 2)
+    assert seen == [1]
+    assert capsys.readouterr().out == ""
+
+
+def test_no_loggers_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    loggers = Loggers()
+    loggers.message("text")
+    loggers.log(Metrics({"lm loss": 1.0}), 1)
+    loggers.close()
+    assert capsys.readouterr() == ("", "")
 
 
 def read_events(directory: Path) -> EventAccumulator:

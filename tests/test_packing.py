@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.config import load_config
+from malora_dist.config_file import load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, Sample, collate, pack
 from malora_dist.data.tokenization import TokenizedExample
 from malora_dist.errors import ConfigError
-from malora_dist.methods import maths
+from malora_dist.methods.initial import initial_parameter
+from malora_dist.methods.reference import adapted_forward
 from malora_dist.methods.spec import AdapterSpec
-from malora_dist.methods.start import initial_parameter
 from tests.workers import WorkerPool
 
 RTOL = 1e-4
@@ -57,13 +57,11 @@ def test_collate_lays_documents_side_by_side() -> None:
     assert batch.token_task_BS.tolist() == [[1, 1, 1, 3, 3, 0, 0, 0], [2, 0, 0, 0, 0, 0, 0, 0]]
     assert batch.document_BS is not None
     assert batch.document_BS.tolist() == [[1, 1, 1, 2, 2, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
-    assert torch.equal(batch.marks, torch.stack((batch.token_task_BS, batch.document_BS)))
-    assert batch.marks.dtype is torch.int64
 
 
 def test_the_mask_is_causal_and_within_documents(workers: WorkerPool) -> None:
-    marks = torch.tensor([[[1, 1, 1, 3, 3, 0]], [[1, 1, 1, 2, 2, 0]]])
-    ((mask, *others),) = workers.run("jobs_packing:document_masks", 1, marks=[marks, marks[:1], None])
+    documents_BS = torch.tensor([[1, 1, 1, 2, 2, 0]])
+    ((mask, other),) = workers.run("jobs_packing:document_masks", 1, documents=[documents_BS, None])
     assert mask.int().tolist() == [[[
         [1, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
@@ -72,7 +70,7 @@ def test_the_mask_is_causal_and_within_documents(workers: WorkerPool) -> None:
         [0, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 1],
     ]]]  # fmt: skip
-    assert others == [None, None]
+    assert other is None
 
 
 def documents(microbatches: list[Microbatch]) -> list[tuple[int, list[int], list[bool]]]:
@@ -175,10 +173,11 @@ def test_global_batch_size_need_not_fit_the_microbatches(tmp_path: Path) -> None
 
 
 def test_a_microbatch_of_padding_adds_nothing_to_the_load_balancing_loss() -> None:
-    spec = AdapterSpec(num_lora_experts=4, aux_loss_coeff=0.1)
-    params = {name: initial_parameter(spec, name, 8, 8, 0, 0, "q_proj") for name in spec.parameter_names}
+    method = AdapterSpec(num_lora_experts=4, shared_dim=8, aux_loss_coeff=0.1).declared
+    params = {name: initial_parameter(method, name, 8, 8, 0, 0, "q_proj") for name in method.parameters}
     params["router"].requires_grad_()
-    _, aux = maths.adapter_forward(spec, params, torch.zeros(6, 8), torch.zeros(6, dtype=torch.bool))
+    padding_T = torch.zeros(6, dtype=torch.bool)
+    _, aux = adapted_forward(method, params, torch.zeros(6, 8), torch.zeros(8, 8), padding_T)
     aux.backward()
     assert float(aux.detach()) == 0.0
     assert params["router"].grad is not None
@@ -267,8 +266,9 @@ def compare(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> No
         (2, ["expert_model_parallel_size=2"]),
         (2, ["pipeline_model_parallel_size=2"]),
         (2, ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
+        (2, ["pipeline_model_parallel_size=2", "recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"]),
     ],
-    ids=["1", "EP2", "PP2", "TP2"],
+    ids=["1", "EP2", "PP2", "TP2", "PP2, recompute"],
 )
 def test_training_packed_equals_training_not_packed(
     world_size: int, layout: list[str], workers: WorkerPool, base_dir: Path, task_files: list[Path]

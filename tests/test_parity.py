@@ -4,7 +4,7 @@ All runs are float32. Tolerances: the layouts sum the same float32 numbers in an
 the few thousand terms of these tiny models that moves a tensor by some 1e-6 to 1e-5 of its largest
 entry. A wrong mark or a lost reduction moves it by factors between 0.2 and 2.2, four orders above
 the bar of 1e-4. What Adam makes of a step's rounding enters the next step: seen on eight layers, the
-largest difference doubles or more per step, from 6e-6 to 2e-4 in four, so the bar doubles in the fourth and again.
+largest difference doubles or more per step, from 6e-6 to 2e-4 in four, hence three steps.
 adam_eps is 1e-3, because Adam with a small epsilon turns the rounding of near-zero
 gradients into full steps. Routing is the same only if no token sits on a tie, so every test checks
 the margin.
@@ -23,18 +23,21 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from malora_dist.checkpoint.convert import import_hf
-from malora_dist.config import Config, load_config
+from malora_dist.config import Config
+from malora_dist.config_file import load_config
 from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches
 from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
+from malora_dist.methods.base import METHODS as REGISTERED
 from tests.conftest import write_llama
-from tests.layouts import LAYOUTS, METHODS, Layout, find
+from tests.layouts import LAYOUTS, METHODS, Layout, dispatches, find
 from tests.oracle import OracleRun, Record
 from tests.workers import WorkerPool
 
-STEPS = 5
+STEPS = 3
 RTOL = 1e-4
 TIE_MARGIN = 1e-6
+ABLATIONS = [name for name, method in REGISTERED.items() if method.is_ablation]
 DEVICE = os.environ.get("MALORA_TEST_DEVICE", "cpu")  # launch/gpu_check.sh sets it
 
 
@@ -92,14 +95,18 @@ class Bench:
         return self._references[key]
 
     def run(
-        self, layout: Layout, *adapter: str, extra: Sequence[str] = (), steps: int = STEPS, **options: Any
+        self,
+        layout: Layout,
+        *adapter: str,
+        extra: Sequence[str] = (),
+        steps: int = STEPS,
+        job: str = "train_and_record",
+        **options: Any,
     ) -> tuple[list[dict[str, Any]], Record]:
         """(what each rank recorded, the reference); `extra` settings must not change the reference."""
         seed, record = self.reference(layout.layers, *adapter, steps=steps)
         settings = self.settings(layout.layers, *adapter, *layout.settings, *extra, f"seed={seed}")
-        return self._workers.run(
-            "train_and_record", layout.processes, overrides=settings, steps=steps, **options
-        ), record
+        return self._workers.run(job, layout.processes, overrides=settings, steps=steps, **options), record
 
     def run_with_dropout(
         self, layout: Layout, *adapter: str, extra: Sequence[str], steps: int
@@ -146,11 +153,6 @@ def assemble(results: list[dict[str, Any]], pick: Any) -> dict[str, Tensor]:
     return full
 
 
-def bar(step: int) -> float:
-    """Of a gradient in the step (from 0), relative to its largest entry."""
-    return RTOL * max(1, 2 ** (step - 2))
-
-
 def close(name: str, got: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
     """Within ``rtol`` of the tensor's largest entry."""
     scale = expected.abs().max().clamp(min=1e-6)
@@ -166,7 +168,7 @@ def compare_without_input(results: list[dict[str, Any]], expected: Record) -> No
         got = assemble(results, lambda r, step=step: r["grads"][step])
         assert set(got) == set(grads)
         for key, grad in grads.items():
-            close(f"step {step}, gradient of {key}", got[key], grad, bar(step))
+            close(f"step {step}, gradient of {key}", got[key], grad)
     got = assemble(results, lambda r: r["parameters"])
     assert set(got) == set(expected.parameters)
     for key, parameter in expected.parameters.items():
@@ -220,15 +222,7 @@ def compare_input_gradients(results: list[dict[str, Any]], expected: Record) -> 
             # Interleaved stages pad the microbatches of a step to one length.
             assert not got[:, grad.shape[1] :].any()
             got = got[:, : grad.shape[1]]
-            close(f"step {step}, input gradient of microbatch {index}", got, grad, bar(step))
-
-
-def dispatches(layout: Layout, method: str) -> tuple[str, ...]:
-    """Both where experts are sharded, except on eight processes, where the methods share them."""
-    if layout.ep == 1:
-        return ("auto",)
-    both = ("all_to_all", "gather_experts")
-    return both if layout.processes < 8 else (both[method == "malora"],)
+            close(f"step {step}, input gradient of microbatch {index}", got, grad)
 
 
 def travelling(layout: str) -> str:
@@ -246,14 +240,45 @@ def test_layout(layout: Layout, method: str, dispatch: str, bench: Bench) -> Non
     compare(*bench.run(layout, f"method={method}", extra=[f"dispatch={dispatch}"]))
 
 
-@pytest.mark.parametrize("method", ["molora", "malora"])
+@pytest.mark.parametrize("method", ABLATIONS)
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather_experts"])
+def test_ablations(dispatch: str, method: str, bench: Bench) -> None:
+    """The paper's table 3. Those that are no chain of two matrices are computed by their own functions."""
+    settings = [f"method={method}", "shared_dim=8"]
+    compare(*bench.run(find("TP 2, EP 2"), *settings, extra=[f"dispatch={dispatch}"], steps=2))
+
+
+@pytest.mark.parametrize("frozen", ["S", "P"])
+@pytest.mark.parametrize("dispatch", ["all_to_all", "gather_experts"])
+def test_frozen_parameters(dispatch: str, frozen: str, bench: Bench) -> None:
+    """Shared by all ranks, or sharded and gathered without a gradient."""
+    settings = ["method=malora", f"freeze=[{frozen}]"]
+    compare(*bench.run(find("EP 2"), *settings, extra=[f"dispatch={dispatch}"], steps=2))
+
+
+def test_gates_that_are_not_renormalised(bench: Bench) -> None:
+    """As equation 4 has them."""
+    settings = ["method=malora", "norm_topk_prob=false", "beta=1.25"]
+    compare(*bench.run(find("EP 2"), *settings, extra=["dispatch=all_to_all"], steps=2))
+
+
+@pytest.mark.parametrize("method", ["molora", "hydralora", "malora"])
 @pytest.mark.parametrize("layout", ["1 process", "EP 2", "TP 2, EP 2"])
 def test_grouped_experts(layout: str, method: str, bench: Bench) -> None:
     """Tokens sorted by expert, also those that arrived from other ranks."""
-    if method == "molora" and "TP" in layout:
-        pytest.skip("refused, see tests/test_errors_layout.py")
     extra = ["expert_compute=grouped", "dispatch=all_to_all"]
     compare(*bench.run(find(layout), f"method={method}", extra=extra, steps=2))
+
+
+@pytest.mark.parametrize("layout", ["EP 2", "TP 2, EP 2"])
+@pytest.mark.parametrize("form", ["gated_block", "grouped"])
+def test_fastmoe(form: str, layout: str, bench: Bench) -> None:
+    """Through the double, which insists on contiguous gradients as fmoe's native code does.
+
+    d = 6 is padded for grouped_mm: what comes back of it is a slice.
+    """
+    extra = [f"expert_compute={form}", "dispatch=fastmoe"]
+    compare(*bench.run(find(layout), "method=malora", extra=extra, steps=2, fmoe_double=True))
 
 
 @pytest.mark.parametrize("method", ["molora", "malora"])
@@ -285,11 +310,11 @@ def test_top_1(layout: str, method: str, bench: Bench) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("layout", "dispatch"), [("1 process", "auto"), ("TP 2, EP 2", "auto"), ("EP 2", "all_to_all"), ("PP 2", "auto")]
+    ("layout", "dispatch"), [("1 process", "auto"), ("TP 2, EP 2", "auto"), ("EP 2", "all_to_all")]
 )
 def test_fused_projections(layout: str, dispatch: str, method: str, bench: Bench) -> None:
     extra = [f"dispatch={dispatch}"]
-    compare(*bench.run(find(layout).of(method), f"method={method}", "fuse_projections=true", extra=extra, steps=3))
+    compare(*bench.run(find(layout).of(method), f"method={method}", "fuse_projections=true", extra=extra, steps=2))
 
 
 @pytest.mark.parametrize(
@@ -307,30 +332,34 @@ RECOMPUTE = {
     "full, uniform": ["recompute_granularity=full"],
     "full, units of 2": ["recompute_granularity=full", "recompute_num_layers=2"],  # both layers
     "full, block": ["recompute_granularity=full", "recompute_method=block"],
-    "selective": ["recompute_granularity=selective"],
-    "selective, mlp": ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
+    "selective, core_attn": ["recompute_granularity=selective"],
+    "selective, mlp": ["recompute_granularity=selective", "recompute_modules=[mlp]"],
+    "selective, both": ["recompute_granularity=selective", "recompute_modules=[core_attn,mlp]"],
 }
 
 
-@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2", "PP 2 interleaved"])
+@pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2", "PP 2 interleaved", "TP 2, PP 2"])
 @pytest.mark.parametrize("kind", RECOMPUTE)
 def test_recompute(kind: str, layout: str, bench: Bench) -> None:
-    """Also with one stage, whose frozen embedding gives the first layer an input without a gradient."""
-    if "PP" in layout and kind in ("selective, mlp", "full, units of 2"):
-        pytest.skip("refused, see tests/test_errors.py")
+    """Also with one stage, whose frozen embedding gives the first layer an input without a gradient.
+
+    With PP a stage recomputes for one microbatch when it has gone on to others, of other padding.
+    """
+    if "PP" in layout and kind == "full, units of 2":
+        pytest.skip("refused, see tests/test_errors_layout.py")
     extra = [*RECOMPUTE[kind], f"dispatch={travelling(layout)}"]
     compare_without_input(*bench.run(find(layout), "method=malora", extra=extra, steps=2, keep_inputs=False))
 
 
 @pytest.mark.parametrize("targets", ["[down_proj]", "[o_proj]"])
-@pytest.mark.parametrize("kind", ["full, uniform", "selective, mlp"])
+@pytest.mark.parametrize("kind", ["full, uniform", "selective, both"])
 def test_recompute_with_few_adapters(kind: str, targets: str, bench: Bench) -> None:
     """The input of what is recomputed depends on no adapter."""
     settings = ["method=malora", f"target_modules={targets}"]
     compare_without_input(*bench.run(find("1 process"), *settings, extra=RECOMPUTE[kind], steps=1, keep_inputs=False))
 
 
-@pytest.mark.parametrize("method", ["lora", "molora", "malora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "molora", "malora"])
 @pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_dropout(recompute: str, layout: str, method: str, bench: Bench) -> None:
@@ -339,7 +368,8 @@ def test_dropout(recompute: str, layout: str, method: str, bench: Bench) -> None
     So every token saw one mask per adapter, whatever TP rank worked on it, also when recomputed.
     """
     settings = [f"method={method}", "lora_dropout=0.25"]
-    extra = [f"recompute_granularity={recompute}", f"dispatch={travelling(layout) if method != 'lora' else 'auto'}"]
+    dispatch = travelling(layout) if REGISTERED[method].is_mixture() else "auto"
+    extra = [f"recompute_granularity={recompute}", f"dispatch={dispatch}"]
     results, expected = bench.run_with_dropout(find(layout).of(method), *settings, extra=extra, steps=1)
     assert any((mask == 0).any() for result in results for _, _, mask in result["masks"])
     compare_without_input(results, expected)

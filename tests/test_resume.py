@@ -21,18 +21,25 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("method", ["malora", "lora"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "method", "freeze"),
+    [
+        *((layout, "malora", "[]") for layout in LAYOUTS),
+        ("EP=2", "malora", "[S]"),
+        ("one process", "mo_asymmetric_lora", "[]"),
+        ("EP=2", "hydralora", "[]"),
+        ("TP=2", "dora", "[]"),
+        ("PP=2", "dora", "[A]"),
+    ],
+)
 def test_resume_is_bit_identical(
-    layout: str, method: str, workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+    layout: str, method: str, freeze: str, workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
 ) -> None:
     """With dropout, warm-up and decay, in the middle of an epoch; the first run stops by exit_interval."""
     world_size, parallel = LAYOUTS[layout]
-    if method == "lora" and layout == "EP=2":
-        pytest.skip("one expert cannot be sharded")
     settings = overrides(
-        base_dir, task_files, *parallel, f"method={method}", "lora_dropout=0.1", "train_iters=5", "eval_iters=2",
-        "lr_decay_style=cosine", "lr_warmup_iters=2", "log_interval=1",
+        base_dir, task_files, *parallel, f"method={method}", f"freeze={freeze}", "lora_dropout=0.1", "train_iters=5",
+        "eval_iters=2", "lr_decay_style=cosine", "lr_warmup_iters=2", "log_interval=1",
     )  # fmt: skip
     whole = workers.run("train_with_cli", world_size, overrides=[*settings, f"save={tmp_path / 'whole'}"])
     save = f"save={tmp_path / 'parts'}"
@@ -46,15 +53,15 @@ def test_resume_is_bit_identical(
 #: From -> to, for resuming on another layout; the loss curve goes on as if the layout had not changed.
 RESHARDED = [
     ("EP 4", "1 process", "malora", "true"),
-    ("1 process", "EP 2", "molora", "false"),
+    ("1 process", "EP 2", "hydralora", "true"),
     ("TP 2", "1 process", "malora", "false"),
-    ("1 process", "TP 2", "molora", "false"),
-    ("PP 2", "1 process", "lora", "false"),
+    ("1 process", "TP 2", "dora", "true"),
+    ("PP 2", "1 process", "dora", "false"),
     ("1 process", "PP 2", "malora", "true"),
     ("DP 2", "1 process", "asymmetric_lora", "false"),
     ("1 process", "DP 2", "lora", "false"),
     ("TP 2, EP 2", "PP 2 interleaved", "malora", "true"),
-    ("PP 2 interleaved", "TP 2, EP 2", "malora", "false"),
+    ("PP 2 interleaved", "TP 2, EP 2", "molora", "false"),
 ]
 
 
@@ -63,7 +70,7 @@ def test_resume_on_another_layout(
     before: str, after: str, method: str, fused: str, workers: WorkerPool, task_files: list[Path],
     base_dir: Path, deep_base: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Adam's state comes along: without it the losses after the resume would be off by more than 1e-3."""
+    """Adam's state comes along: without it the losses after the resume would be off by more than 5e-4."""
     base = deep_base if "interleaved" in before + after else base_dir
     settings = overrides(
         base, task_files, f"method={method}", f"fuse_projections={fused}", "train_iters=5", "eval_iters=0",
@@ -95,7 +102,7 @@ def test_adam_state_matters(workers: WorkerPool, base_dir: Path, task_files: lis
     workers.run("train_with_cli", 1, overrides=[*settings, f"save={tmp_path}", "exit_interval=3"])
     resume = [*settings, f"load={tmp_path}"]
     (forgetful,) = workers.run("train_with_cli", 1, overrides=resume, forget_optimizer=True)
-    assert abs(forgetful[-1][1] / whole[-1][1] - 1) > 1e-3
+    assert abs(forgetful[-1][1] / whole[-1][1] - 1) > 5e-4
 
 
 def test_dropout_is_alive_and_seeded(workers: WorkerPool, base_dir: Path, task_files: list[Path]) -> None:
@@ -112,7 +119,7 @@ def test_a_checkpoint_says_what_it_is(
 ) -> None:
     from malora_dist.checkpoint.adapter import read_adapter_info
     from malora_dist.checkpoint.base import checkpoint_dir, read_base_info
-    from malora_dist.config import load_config
+    from malora_dist.config_file import load_config
 
     settings = overrides(base_dir, task_files, "train_iters=2", "eval_iters=0", f"save={tmp_path}", "save_interval=1")
     workers.run("train_with_cli", 1, overrides=settings)

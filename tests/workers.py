@@ -51,6 +51,7 @@ def _serve(connection: Connection) -> None:
         # has threads that wake a hundred times a second, and hundreds of them slow all later jobs.
         del result
         gc.collect()
+        gc.freeze()  # what lives on is torch and the like: to look through it again takes longer than a small job
 
 
 def _free_port() -> int:

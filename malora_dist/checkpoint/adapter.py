@@ -29,11 +29,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
 from malora_dist.checkpoint.tensor_files import TorchDistReader
-from malora_dist.config import Config, save_config
-from malora_dist.errors import CheckpointError
-from malora_dist.families.llama import LlamaModel
+from malora_dist.config import Config
+from malora_dist.config_file import save_config
+from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.layers.adapted_linear import is_adapter_key
-from malora_dist.methods.spec import AdapterSpec
+from malora_dist.layers.decoder import CausalModel
+from malora_dist.methods.spec import AdapterSpec, refuse_former_malora
 from malora_dist.parallel.compatibility import check_common_state
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
@@ -61,7 +62,7 @@ class Trained:
     The model is this rank's chunks: one, or one per virtual pipeline stage.
     """
 
-    model: Sequence[LlamaModel]
+    model: Sequence[CausalModel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
@@ -72,7 +73,7 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
     """Read `adapter.json` of one `iter_*` directory.
 
     Raises:
-        CheckpointError: it is missing, unreadable or of another format version.
+        CheckpointError: it is missing, unreadable, of another format version, or of MALoRA in a former form.
     """
     file = directory / ADAPTER_FILE
     if not file.is_file():
@@ -82,34 +83,26 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
         )
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        _refuse_former_malora(file, raw)
-        if raw["format_version"] != FORMAT_VERSION:
+        version, fields = raw["format_version"], raw["spec"]
+        if version == 1:  # it had one field more
+            refuse_former_malora(fields["method"], fields.pop("rank_expansion"))
+        elif version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{file}: format_version={raw['format_version']!r}, this version reads {FORMAT_VERSION}; "
+                f"{file}: format_version={version!r}, this version reads 1 and {FORMAT_VERSION}; "
                 "use the version that wrote it"
             )
         return AdapterInfo(
-            spec=AdapterSpec(**raw["spec"]),
+            spec=AdapterSpec(**fields),
             base_fingerprint=raw["base"]["fingerprint"],
             base_name_or_path=raw["base"]["hf_model_name_or_path"],
             iteration=raw["iteration"],
             num_layers=raw["num_layers"],
             has_optimizer=raw.get("has_optimizer", True),
         )
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
-
-
-def _refuse_former_malora(file: Path, raw: dict[str, Any]) -> None:
-    """Version 1 had a rank expansion, and MALoRA of another form; its other methods are what they were."""
-    if raw["format_version"] == 1:
-        expansion = raw["spec"].pop("rank_expansion", None)
-        if raw["spec"]["method"] == "malora":
-            raise CheckpointError(
-                f"{file}: rank_expansion={expansion!r}: is MALoRA in a former form of this project, not the paper's; "
-                "train it again, or use the version that wrote it"
-            )
-        raw["format_version"] = FORMAT_VERSION
 
 
 def write_adapter_info(directory: Path, info: AdapterInfo) -> None:
@@ -138,7 +131,10 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
             f"{info.base_fingerprint[:12]}) than pretrained_checkpoint holds ({base.hf_model_name_or_path}, "
             f"fingerprint {base.fingerprint[:12]}); name that base"
         )
-    for key, saved in info.spec.identity().items():
+    identity = info.spec.identity()
+    if not info.has_optimizer:
+        del identity["freeze"]  # what else than the optimizer's state would depend on it
+    for key, saved in identity.items():
         wanted = spec.projections if key == "target_modules" else getattr(spec, key)
         if saved != wanted:
             raise CheckpointError(
@@ -149,7 +145,7 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
     check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
 
 
-def _sharded_model(model: Sequence[LlamaModel], topology: Topology, adapters: bool) -> dict[str, dict[str, Any]]:
+def _sharded_model(model: Sequence[CausalModel], topology: Topology, adapters: bool) -> dict[str, dict[str, Any]]:
     """Of each chunk the sharded tensors of its adapters, or of its base: {"chunk 0": {key: tensor}, ...}.
 
     Chunks count their layers from 0, so that their own keys are the same; those of the sharded
@@ -235,7 +231,7 @@ def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling
     raise CheckpointError(f"{directory}: does not fit the model ({' '.join(str(cause).split())}); {cure}") from cause
 
 
-def load_base_weights(directory: Path, model: Sequence[LlamaModel], topology: Topology) -> None:
+def load_base_weights(directory: Path, model: Sequence[CausalModel], topology: Topology) -> None:
     """Fill the frozen base from a converted base's `iter_*` directory, on any TP x PP.
 
     Raises:

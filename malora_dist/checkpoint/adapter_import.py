@@ -13,8 +13,8 @@ from malora_dist.checkpoint.base import TRACKER_FILE, hf_dir, iteration_name, re
 from malora_dist.checkpoint.convert import AdapterWeights, stored_parameters, write_megatron_files
 from malora_dist.checkpoint.tensor_files import TensorChunk, bits_equal, write_torch_dist
 from malora_dist.errors import CheckpointError
-from malora_dist.families.hf_config import read_llama_config
-from malora_dist.families.hf_conversion import conversion_map
+from malora_dist.families.base import family_of
+from malora_dist.families.conversion import conversion_map
 from malora_dist.parallel.device import without_expected_warnings
 
 
@@ -30,13 +30,13 @@ def with_base(adapter: AdapterWeights, base: Path) -> AdapterWeights:
             f"{base}: has fingerprint {info.fingerprint[:12]}, but the adapter was trained on "
             f"{adapter.base_model_name_or_path} with {adapter.base_fingerprint[:12]}; name that base"
         )
-    config = read_llama_config(hf_dir(base))
-    num_layers = _num_layers(adapter)
-    if num_layers != config.num_hidden_layers:
+    family = family_of(hf_dir(base))
+    expected_layers, num_layers = family.hf.num_hidden_layers, _num_layers(adapter)
+    if num_layers != expected_layers:
         raise CheckpointError(
-            f"{base}: has {config.num_hidden_layers} layers, the adapter {num_layers}; name the base it was trained on"
+            f"{base}: has {expected_layers} layers, the adapter {num_layers}; name the base it was trained on"
         )
-    weights = [chunk.hf_shapes for chunk in conversion_map(config) if chunk.layer == 0]
+    weights = [chunk.hf_shapes for chunk in conversion_map(family) if chunk.layer == 0]
     shapes = {key.split(".")[-2]: shape for hf_shapes in weights for key, shape in hf_shapes.items()}
     for (layer, projection, name), tensor in adapter.tensors.items():
         out_features, in_features = shapes[projection]

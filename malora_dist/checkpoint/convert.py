@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaConfig
 
 from malora_dist.checkpoint.base import (
     BASE_LAYOUT,
@@ -38,10 +37,8 @@ from malora_dist.checkpoint.tensor_files import (
     write_torch_dist,
 )
 from malora_dist.errors import CheckpointError
-from malora_dist.families.hf_config import read_llama_config
-from malora_dist.families.hf_conversion import (
-    EMBEDDING_KEY,
-    OUTPUT_KEY,
+from malora_dist.families.base import Family, family_of
+from malora_dist.families.conversion import (
     Chunk,
     check_coverage,
     conversion_map,
@@ -55,7 +52,7 @@ DEFAULT_SHARD_BYTES = 4 * 10**9
 
 
 def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
-    """Convert a Hugging Face Llama into a base that trains on any layout; dtypes and bits are kept.
+    """Convert a Hugging Face model into a base that trains on any layout; dtypes and bits are kept.
 
     Everything is written beside `megatron_path` and renamed at the end, so that a conversion that
     was stopped leaves nothing under that name. An earlier conversion there is replaced.
@@ -63,12 +60,12 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
     Peak memory is one fused weight and the tensors that it is made of.
 
     Raises:
-        CheckpointError: not a supported Llama, a tensor that is unknown, missing or of the wrong
+        CheckpointError: not a supported model, a tensor that is unknown, missing or of the wrong
             shape, or a `megatron_path` that holds something else.
     """
     hf_model = Path(hf_model)
-    config, weights = _open_hf(hf_model)
-    chunks = conversion_map(config)
+    family, weights = _open_hf(hf_model)
+    chunks = conversion_map(family)
     _check_one_dtype_per_stack(hf_model, weights, chunks)
     fingerprint = Fingerprint()
 
@@ -88,7 +85,7 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
         iteration_dir = staging / iteration_name(0)
         progress = functools.partial(tqdm, desc="import", unit="tensor", disable=None)
         write_torch_dist(
-            iteration_dir, [stored(chunk) for chunk in chunks], extra_state_keys(config.num_hidden_layers), progress
+            iteration_dir, [stored(chunk) for chunk in chunks], extra_state_keys(family.hf.num_hidden_layers), progress
         )
         write_megatron_files(iteration_dir)
         copy_hf_files(hf_model, hf_dir(staging))
@@ -119,9 +116,8 @@ def export_hf(megatron_path: Path, hf_path: Path, max_shard_bytes: int = DEFAULT
             or `hf_path` is not empty.
     """
     info = read_base_info(megatron_path)
-    config = read_llama_config(hf_dir(megatron_path))
     reader = TorchDistReader(checkpoint_dir(megatron_path))
-    chunks = conversion_map(config)
+    chunks = conversion_map(family_of(hf_dir(megatron_path)))
     _check_stored_tensors(megatron_path, reader, chunks)
     shards = list(_split_into_shards(chunks, reader, max_shard_bytes))
     fingerprint = Fingerprint()
@@ -168,10 +164,10 @@ def roundtrip(
         megatron_path, hf_path = megatron_path or scratch / "megatron", hf_path or scratch / "hf"
         import_hf(hf_model, megatron_path)
         export_hf(megatron_path, hf_path, max_shard_bytes)
-        config, before = _open_hf(hf_model)
+        family, before = _open_hf(hf_model)
         after = HfWeights(hf_path)
         # import_hf has checked that what is left out here carries nothing of its own.
-        expected = before.shapes.keys() - set(redundant_keys(config, before.shapes))
+        expected = before.shapes.keys() - set(redundant_keys(family, before.shapes))
         for key in sorted(expected ^ after.shapes.keys()):
             raise CheckpointError(f"{hf_path}: tensor {key!r} is on one side only; report this as a bug")
         for key in tqdm(sorted(expected), desc="compare", unit="tensor", disable=None):
@@ -181,14 +177,14 @@ def roundtrip(
 
 
 def fingerprint_hf(hf_model: Path) -> str:
-    """Fingerprint of a Hugging Face Llama, the one that `import_hf` stores.
+    """Fingerprint of a Hugging Face model, the one that `import_hf` stores.
 
     Raises:
         CheckpointError: as `import_hf`.
     """
-    config, weights = _open_hf(Path(hf_model))
+    family, weights = _open_hf(Path(hf_model))
     fingerprint = Fingerprint()
-    for key in tqdm(_needed_keys(conversion_map(config)), desc="fingerprint", unit="tensor", disable=None):
+    for key in tqdm(_needed_keys(conversion_map(family)), desc="fingerprint", unit="tensor", disable=None):
         fingerprint.add(key, weights.read(key))
     return fingerprint.hexdigest()
 
@@ -257,21 +253,22 @@ def stored_parameters(spec: AdapterSpec) -> dict[str, tuple[str, tuple[str, ...]
     return stored
 
 
-def _open_hf(hf_model: Path) -> tuple[LlamaConfig, HfWeights]:
-    """Config and weights of a Hugging Face Llama that can be converted without loss."""
-    config = read_llama_config(hf_model)
+def _open_hf(hf_model: Path) -> tuple[Family, HfWeights]:
+    """A Hugging Face model that can be converted without loss, and its weights."""
+    family = family_of(hf_model)
     weights = HfWeights(hf_model)
-    check_coverage(hf_model, config, weights.shapes)
+    check_coverage(hf_model, family, weights.shapes)
+    output, embedding = family.output_key, family.embedding_key
     if (
-        config.tie_word_embeddings
-        and OUTPUT_KEY in weights.shapes
-        and not bits_equal(weights.read(OUTPUT_KEY), weights.read(EMBEDDING_KEY))
+        family.hf.tie_word_embeddings
+        and output in weights.shapes
+        and not bits_equal(weights.read(output), weights.read(embedding))
     ):
         raise CheckpointError(
-            f"{hf_model}: tensor {OUTPUT_KEY!r} differs from {EMBEDDING_KEY!r}, but config.json has "
+            f"{hf_model}: tensor {output!r} differs from {embedding!r}, but config.json has "
             "tie_word_embeddings=True; set it to false"
         )
-    return config, weights
+    return family, weights
 
 
 def _check_one_dtype_per_stack(hf_model: Path, weights: HfWeights, chunks: Iterable[Chunk]) -> None:

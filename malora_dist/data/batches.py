@@ -8,10 +8,9 @@ Shape suffixes: B rows of a microbatch, S positions, L positions with a loss.
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +48,6 @@ class Microbatch:
     document_BS: Tensor | None
     answers_L: Tensor
 
-    @property
-    def marks(self) -> Tensor:
-        """What every layer is told about its tokens: token_task, or [token_task, document]. int64 [1 or 2, B, S]
-
-        The documents come only where a row has several, so that the shape tells attention without
-        a look at the values, which would wait for the device.
-        """
-        marks = [self.token_task_BS] if self.document_BS is None else [self.token_task_BS, self.document_BS]
-        return torch.stack(marks)
-
 
 def _positions(sample: Sample) -> int:
     """Positions a sample takes in a row."""
@@ -67,8 +56,9 @@ def _positions(sample: Sample) -> int:
 
 def collate(rows: Sequence[Sequence[Sample]], pad_token_id: int, multiple_of: int = 1) -> Microbatch:
     """One microbatch of the rows, S the longest rounded up to ``multiple_of``; a row without samples is padding."""
-    longest = max([1, *(sum(map(_positions, row)) for row in rows)])
-    shape = len(rows), -(-longest // multiple_of) * multiple_of
+    lengths = [sum(_positions(sample) for sample in row) for row in rows]
+    longest = max([1, *lengths])
+    shape = len(rows), math.ceil(longest / multiple_of) * multiple_of
     tokens_BS = torch.full(shape, pad_token_id)
     labels_BS = torch.full(shape, pad_token_id)
     loss_mask_BS = torch.zeros(shape)
@@ -119,34 +109,49 @@ def pack(samples: Sequence[Sample], row_length: int) -> list[list[Sample]]:
         needed = _positions(sample)
         if needed > row_length:
             raise ValueError(f"a sample takes {needed} positions, row_length={row_length}")
-        first = next((r for r, left in enumerate(room) if left >= needed), len(rows))
-        if first == len(rows):
+        with_room = [r for r, left in enumerate(room) if left >= needed]
+        if with_room:
+            first = with_room[0]
+        else:
+            first = len(rows)
             rows.append([])
             room.append(row_length)
         rows[first].append(sample)
         room[first] -= needed
-    return [rows[r] for r in sorted(range(len(rows)), key=room.__getitem__)]
+    fullest_first = sorted(range(len(rows)), key=lambda r: room[r])
+    return [rows[r] for r in fullest_first]
+
+
+def _split_evenly(rows: list[list[Sample]], count: int) -> list[list[list[Sample]]]:
+    """``count`` runs of consecutive rows, of which none is longer than another by more than one row."""
+    bounds = [(len(rows) * j // count, len(rows) * (j + 1) // count) for j in range(count)]
+    return [rows[start:stop] for start, stop in bounds]
 
 
 def with_common_shape(microbatches: Sequence[Microbatch], pad_token_id: int) -> list[Microbatch]:
     """The microbatches padded to the most rows and the longest row among them."""
-    rows, positions = (max(m.tokens_BS.shape[axis] for m in microbatches) for axis in (0, 1))
+    rows = max(m.tokens_BS.shape[0] for m in microbatches)
+    positions = max(m.tokens_BS.shape[1] for m in microbatches)
 
-    def pad(m: Microbatch) -> Microbatch:
-        b, s = m.tokens_BS.shape
-        padded: dict[str, Any] = {
-            field.name: F.pad(
-                getattr(m, field.name),
-                (0, positions - s, 0, rows - b),
-                value=pad_token_id if field.name in ("tokens_BS", "labels_BS") else 0,
+    def pad(x_BS: Tensor, value: int = 0) -> Tensor:
+        missing_rows, missing_positions = rows - x_BS.shape[0], positions - x_BS.shape[1]
+        return F.pad(x_BS, (0, missing_positions, 0, missing_rows), value=value)
+
+    padded = []
+    for m in microbatches:
+        loss_mask_BS = pad(m.loss_mask_BS)
+        padded.append(
+            Microbatch(
+                tokens_BS=pad(m.tokens_BS, pad_token_id),
+                labels_BS=pad(m.labels_BS, pad_token_id),
+                loss_mask_BS=loss_mask_BS,
+                position_ids_BS=pad(m.position_ids_BS),
+                token_task_BS=pad(m.token_task_BS),
+                document_BS=None if m.document_BS is None else pad(m.document_BS),
+                answers_L=_answers(loss_mask_BS),
             )
-            for field in dataclasses.fields(m)
-            if field.name != "answers_L" and getattr(m, field.name) is not None
-        }
-        padded.setdefault("document_BS", None)
-        return Microbatch(**padded, answers_L=_answers(padded["loss_mask_BS"]))
-
-    return [pad(m) for m in microbatches]
+        )
+    return padded
 
 
 @dataclass(frozen=True)
@@ -180,12 +185,18 @@ class BatchLayout:
             ValueError: a sample is longer than a row.
         """
         rows = [[sample] for sample in samples] if self.row_length is None else pack(samples, self.row_length)
-        count = -(-len(rows) // self.micro_batch_size)
-        parts = [rows[len(rows) * j // count : len(rows) * (j + 1) // count] for j in range(count)]
-        parts += [[[]]] * (-count % (self.data_parallel_size * self.microbatch_multiple))
-        mine = parts[self.data_parallel_rank :: self.data_parallel_size]
-        found = [collate(part, self.pad_token_id, self.multiple_of) for part in mine]
-        return found if self.microbatch_multiple == 1 else with_common_shape(found, self.pad_token_id)
+        needed = math.ceil(len(rows) / self.micro_batch_size)
+        rows_of_microbatches = _split_evenly(rows, needed)
+        unit = self.data_parallel_size * self.microbatch_multiple
+        wanted = math.ceil(needed / unit) * unit
+        for _ in range(wanted - needed):
+            row_of_padding: list[Sample] = []  # no samples
+            rows_of_microbatches.append([row_of_padding])
+        mine = rows_of_microbatches[self.data_parallel_rank :: self.data_parallel_size]
+        microbatches = [collate(its_rows, self.pad_token_id, self.multiple_of) for its_rows in mine]
+        if self.microbatch_multiple > 1:
+            microbatches = with_common_shape(microbatches, self.pad_token_id)
+        return microbatches
 
 
 def train_microbatches(

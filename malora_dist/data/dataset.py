@@ -73,7 +73,7 @@ def split_off(
 
 
 def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskDataset:
-    name = task.name or Path(task.path).stem
+    name = task.label
     if task.validation_path and Path(task.validation_path).resolve() == Path(task.path).resolve():
         rule = "is the task's training file"
         cure = "name another file, or remove it to hold samples out"

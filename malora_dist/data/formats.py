@@ -5,7 +5,6 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from malora_dist.config import TaskConfig
@@ -156,4 +155,4 @@ def _fill(template: str, record: Record, where: str) -> str:
 
 
 def _key(task: TaskConfig, field: str) -> str:
-    return f"data[{task.name or Path(task.path).stem}].{field}"
+    return f"data[{task.label}].{field}"

@@ -32,13 +32,14 @@ class Example:
     @property
     def prompt(self) -> str:
         """The text before the last trained segment."""
-        return "".join(segment.text for segment in self.segments[: self._last_trained])
+        return "".join(segment.text for segment in self.segments[: self.last_trained])
 
     @property
     def answer(self) -> str:
         """The text of the last trained segment."""
-        return self.segments[self._last_trained].text
+        return self.segments[self.last_trained].text
 
     @property
-    def _last_trained(self) -> int:
+    def last_trained(self) -> int:
+        """Where the last trained segment stands."""
         return max(i for i, segment in enumerate(self.segments) if segment.trained)

@@ -50,19 +50,20 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Toke
     encode = cache(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else [])
     token_ids: list[int] = []
     trained: list[bool] = []
-    last = max(i for i, segment in enumerate(example.segments) if segment.trained)
-    for i, segment in enumerate(example.segments[: last + 1]):
-        ids = _continuation(example.segments[i - 1].text if i else "", segment.text, encode)
+    before = ""
+    for segment in example.segments[: example.last_trained + 1]:
+        ids = _continuation(before, segment.text, encode)
+        before = segment.text
         if segment.trained and not example.templated and ids[-1:] != [eos]:
             ids = [*ids, eos]
         token_ids += ids
         trained += [segment.trained] * len(ids)
+    starts_with_bos = bos is not None and token_ids[:1] == [bos]
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    if adds_bos and not example.templated and token_ids[:1] != [bos]:
+    if adds_bos and not starts_with_bos and not example.templated:
         token_ids, trained = [bos, *token_ids], [False, *trained]
-    return TokenizedExample(
-        token_ids, trained, starts_with_bos=bos is not None and token_ids[:1] == [bos], source=example.source
-    )
+        starts_with_bos = True
+    return TokenizedExample(token_ids, trained, starts_with_bos=starts_with_bos, source=example.source)
 
 
 def _continuation(before: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
@@ -98,12 +99,13 @@ def fit(example: TokenizedExample, seq_length: int, overlong: str) -> TokenizedE
         )
     if overlong != "truncate":
         raise ValueError(f"overlong={overlong!r}")
-    answer = len(example.trained)
-    while answer > 0 and example.trained[answer - 1]:
-        answer -= 1
-    bos = int(example.starts_with_bos)
-    start = min(bos + excess, max(answer, bos))  # at most up to the answer; the rest of the excess is cut at its end
-    keep = [*range(bos), *range(start, start + seq_length - bos)]
+    answer_start = len(example.trained)
+    while answer_start > 0 and example.trained[answer_start - 1]:
+        answer_start -= 1
+    num_bos = 1 if example.starts_with_bos else 0
+    # The prompt loses its start, at most all of it; what is still too much is cut at the answer's end.
+    start = min(num_bos + excess, max(answer_start, num_bos))
+    keep = [*range(num_bos), *range(start, start + seq_length - num_bos)]
     return replace(
         example,
         token_ids=[example.token_ids[i] for i in keep],

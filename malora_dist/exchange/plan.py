@@ -9,6 +9,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from malora_dist.config import Config
+from malora_dist.errors import ConfigError
 from malora_dist.exchange.base import EXCHANGES, Exchange, Site
 
 #: Copies of one adapter's experts that are too small to ask what they are beside.
@@ -61,8 +62,12 @@ def check_exchange(config: Config) -> None:
     Raises:
         ConfigError: naming key, value, rule and cure.
     """
-    if config.dispatch != "auto":
-        EXCHANGES[config.dispatch].check(config)
+    if config.dispatch == "auto":
+        return
+    if config.dispatch not in EXCHANGES:
+        rule = f"must be one of auto, {', '.join(EXCHANGES)}"
+        raise ConfigError("dispatch", config.dispatch, rule, "choose one of them")
+    EXCHANGES[config.dispatch].check(config)
 
 
 def cheapest_exchange(site: Site) -> str:

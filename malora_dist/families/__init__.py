@@ -1,1 +1,1 @@
-"""Model families: what is Llama's, from the config check to the table of tensors."""
+"""Model families, one file each: which configs it accepts, how its tensors are called. No megatron."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from transformers import LlamaConfig
 
 from malora_dist.errors import ConfigError
-from malora_dist.families.llama import projection_widths
+from malora_dist.families.base import DecoderConfig, projection_widths
 
 #: {name: widths and numbers of its parts}; embeddings and output layer are apart in all of them.
 SHAPES: dict[str, dict[str, int]] = {
@@ -16,7 +17,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-def released_config(name: str) -> LlamaConfig:
+def released_config(name: str) -> DecoderConfig:
     """The Hugging Face config of a released Llama, as far as it decides shapes.
 
     Raises:
@@ -25,7 +26,7 @@ def released_config(name: str) -> LlamaConfig:
     if name not in SHAPES:
         raise ConfigError("--shape", name, f"must be one of {', '.join(SHAPES)}", "use --hf-model for another model")
     shape = SHAPES[name]
-    return LlamaConfig(
+    config = LlamaConfig(
         hidden_size=shape["hidden"],
         num_hidden_layers=shape["layers"],
         intermediate_size=shape["ffn"],
@@ -34,9 +35,10 @@ def released_config(name: str) -> LlamaConfig:
         vocab_size=shape["vocab"],
         tie_word_embeddings=False,
     )
+    return cast(DecoderConfig, config)
 
 
-def base_parameters(hf: LlamaConfig) -> int:
+def base_parameters(hf: DecoderConfig) -> int:
     """Parameters of the base model: embeddings, output layer, linears and norms."""
     linears = sum(math.prod(widths) for widths in projection_widths(hf).values())
     norms = 2 * hf.hidden_size

@@ -8,10 +8,7 @@ from enum import Enum
 from peft.config import PeftConfig
 
 from malora_dist.errors import ConfigError
-from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
-
-#: What a config or checkpoint of MALoRA's former form is answered.
-FORMER_MALORA = "is MALoRA in a former form of this project, not the paper's"
+from malora_dist.methods.spec import PROJECTIONS, AdapterSpec, refuse_former_malora
 
 
 class MaloraPeftType(str, Enum):  # noqa: UP042 - as PEFT's own PeftType; StrEnum prints without the class name
@@ -36,14 +33,13 @@ class MaloraConfig(PeftConfig, AdapterSpec):
     )
     base_fingerprint: str = field(default="", metadata={"help": "fingerprint of the base the adapter was trained on"})
     seed: int = field(default=1234, metadata={"help": "seeds the start values"})
-    rank_expansion: InitVar[float | None] = None  # in files of the former form, to be refused
+    rank_expansion: InitVar[float | None] = None  # in files of a former form
 
     def __post_init__(self, rank_expansion: float | None) -> None:
         super().__post_init__()
+        refuse_former_malora(self.method, rank_expansion)
         AdapterSpec.__post_init__(self)
         self.peft_type = MaloraPeftType.MALORA
-        if rank_expansion is not None and self.method == "malora":
-            raise ConfigError("rank_expansion", rank_expansion, FORMER_MALORA, "train it again")
         if self.declared.peft is not None:
             raise ConfigError(
                 "method",

@@ -76,6 +76,8 @@ def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
             warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
             model = PeftModelForCausalLM(base, config)
         tensors = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    except ConfigError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{directory}: cannot be loaded ({_first_line(error)}); export it again") from error
     present = model.state_dict()

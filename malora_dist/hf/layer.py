@@ -31,9 +31,9 @@ class RoutedTokens(NamedTuple):
 class MaloraLayer(nn.Module, BaseTunerLayer):
     """Wraps a linear and adds the active adapters' output to it.
 
-    Parameters lie in ParameterDicts keyed by adapter name, one per kind (``malora_S`` and so on),
-    all experts in one tensor, shaped as :meth:`Method.shape`, float32 whatever the
-    base's dtype.
+    Parameters lie in ParameterDicts keyed by adapter name, one per kind (``malora_S`` and so on), all experts in one
+    tensor, shaped as :meth:`Method.shape`, float32 whatever the base's dtype. PEFT switches gradients on and off with
+    the adapters; what is frozen for good is in ``frozen_peft_weight_names``, which it leaves alone.
     """
 
     adapter_layer_names: tuple[str, ...] = ()  # of each layer, one per parameter that any method declares
@@ -52,6 +52,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(f"malora_{name}" for name in declared)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -72,8 +73,9 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
             value = initial_parameter(
                 method, name, base.in_features, base.out_features, config.seed, layer_number, projection
             )
-            parameter = nn.Parameter(value.to(base.weight.device), requires_grad=method.is_trained(name))
-            getattr(self, f"malora_{name}")[adapter_name] = parameter
+            getattr(self, f"malora_{name}")[adapter_name] = nn.Parameter(value.to(base.weight.device))
+        frozen = tuple(f"malora_{name}" for name in method.parameters if not method.is_trained(name))
+        self.frozen_peft_weight_names[adapter_name] = frozen
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the active adapters'. x [..., n] -> [..., m], in the base output's dtype."""
@@ -138,7 +140,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             parameters = getattr(self, name)
             if adapter_name in parameters and not parameters[adapter_name].is_meta:
-                parameters[adapter_name] = parameters[adapter_name].to(target)
+                parameters[adapter_name].data = parameters[adapter_name].data.to(target)
 
     def __repr__(self) -> str:
         return "malora." + super().__repr__()

@@ -17,15 +17,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.hf.config import FORMER_MALORA, MaloraPeftType
+from malora_dist.hf.config import MaloraPeftType
 from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
-from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
+from malora_dist.methods.spec import PROJECTIONS, AdapterSpec, refuse_former_malora
 
-#: {field of AdapterSpec: field of LoraConfig}; fields of either config that say nothing about the adapter's function.
+#: {field of AdapterSpec: field of LoraConfig}; fields of either config that say nothing about the adapter's function
+#: (rank_expansion: in files of a former form, where it matters for MALoRA only, which is refused).
 _LORA_FIELDS = {name: name for name in ("lora_alpha", "use_rslora", "lora_dropout")} | {"lora_rank": "r"}
 _NEUTRAL_FIELDS = {
     "auto_mapping", "base_fingerprint", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
-    "revision", "seed", "task_type",
+    "rank_expansion", "revision", "seed", "task_type",
 }  # fmt: skip
 #: Starts of a LoRA that leave the base as it is. Others (PiSSA, OLoRA, ...) move a part of it into the adapter.
 _LORA_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -118,9 +119,6 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
     file = directory / CONFIG_NAME
     peft_type = raw.get("peft_type")
     if peft_type == MaloraPeftType.MALORA:
-        expansion = raw.pop("rank_expansion", None)
-        if expansion is not None and raw.get("method", "malora") == "malora":
-            raise CheckpointError(f"{file}: rank_expansion={expansion!r}: {FORMER_MALORA}; train it again")
         names = {f.name for f in dataclasses.fields(AdapterSpec)} - {"fuse_projections"}
         fields = {name: raw[name] for name in names if name in raw}
         refused = {k: v for k, v in raw.items() if v and k not in names | _NEUTRAL_FIELDS}
@@ -140,10 +138,16 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
             f"{file}: target_modules={targets!r}, must be a list from {', '.join(PROJECTIONS)}; "
             "name the adapted projections"
         )
+    for name, value in fields.items():
+        default = getattr(AdapterSpec(), name)
+        if not isinstance(value, int | float if isinstance(default, float) else type(default)):
+            wanted = type(default).__name__
+            raise CheckpointError(f"{file}: {name}={value!r}, must be of type {wanted}; save the adapter again")
     try:
+        refuse_former_malora(fields.get("method", "malora"), raw.get("rank_expansion"))
         spec = AdapterSpec(**fields)
         spec.validate_adapter()
-    except (ConfigError, TypeError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     return spec
 

@@ -1,6 +1,6 @@
 """Core attention: causal, and within documents where a row holds several.
 
-Shape suffixes: C marks of a position, B rows, S positions.
+Shape suffixes: B rows, S positions.
 """
 
 from __future__ import annotations
@@ -9,37 +9,34 @@ import importlib
 from typing import Any
 
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from malora_dist.layers.token_info import TokenInfo
 from malora_dist.parallel.backends import TORCH_ATTENTION
 
 
-def document_mask(marks_CBS: Tensor | None) -> Tensor | None:
+def document_mask(documents_BS: Tensor | None) -> Tensor | None:
     """Who may attend to whom: bool [b, 1, s (query), s (key)], or None where the causal rule says it all.
 
     A position sees the earlier ones of its own document. Padding counts as one more document,
     and every position sees itself, so no row of the mask is empty (softmax would give NaN).
 
     Args:
-        marks_CBS: int64 [1 or 2, b, s], [token task, document] of each position; without the
-            documents no row has two of them. None: no marks.
+        documents_BS: int64 [b, s], each position's document; None: no row has two of them.
     """
-    if marks_CBS is None or marks_CBS.shape[0] == 1:
+    if documents_BS is None:
         return None
-    document_BS = marks_CBS[1]
-    return (document_BS.unsqueeze(2) == document_BS.unsqueeze(1)).tril().unsqueeze(1)
+    return (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril().unsqueeze(1)
 
 
 class SdpaAttention(MegatronModule):
     """Attention by torch's scaled_dot_product_attention, on every device.
 
-    megatron passes ``attention_mask`` through; it carries the microbatch's marks here (see
-    ``LlamaLayer``). Padding is on the right, so the causal rule alone keeps it out.
+    Padding is on the right, so the causal rule alone keeps it out.
     """
 
     def __init__(
@@ -63,14 +60,14 @@ class SdpaAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: TokenInfo | None = None,
     ) -> Tensor:
         """query [s, b, heads, head_dim], key and value [s, b, groups, head_dim] -> [s, b, heads * head_dim].
 
         s is the whole sequence, also under sequence parallelism.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = document_mask(attention_mask)
+        mask = None if packed_seq_params is None else document_mask(packed_seq_params.documents_BS)
         if mask is not None:
             # On CUDA the kernels that take a mask and save memory want as many keys as queries; with
             # enable_gqa torch would hold all s * s scores of every head instead.
@@ -91,7 +88,7 @@ class FusedAttention(MegatronModule):
         self.engine = engine.TEDotProductAttention(config=config, layer_number=layer_number, **kwargs)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """As :meth:`SdpaAttention.forward`; the marks are left out, the causal rule says it all."""
+        """As :meth:`SdpaAttention.forward`; no mask, the causal rule says it all."""
         return self.engine(query, key, value, None, attn_mask_type=AttnMaskType.causal)
 
 

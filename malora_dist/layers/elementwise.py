@@ -42,7 +42,7 @@ class SwiGLU(MegatronModule):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        assert config.activation_func is F.silu, "Llama's activation"
+        assert config.activation_func is F.silu, "the only activation here"
 
     def forward(self, x_G: Tensor) -> Tensor:
         """[..., 2 F] -> [..., F]; keeps its input only."""
@@ -71,7 +71,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(angles_SD: Tensor, *tensors_SBHD: Tensor) -> list[Tensor]:
-    """Rotary embedding in Llama's halves, in the tensors' dtype.
+    """Rotary embedding in halves, as transformers lays them out, in the tensors' dtype.
 
     Args:
         angles_SD: float32 [S, 1, 1, D], the same in both halves of D.
@@ -94,6 +94,6 @@ class RotaryAttention(SelfAttention):
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key rotated, and the value, each [s, b, heads, head_dim]."""
         query, key, value = super().get_query_key_value_tensors(*args, **kwargs)
-        assert self._angles_SD is not None, "Llama's positions are rotary"
+        assert self._angles_SD is not None, "positions are rotary"
         query, key = rotate(self._angles_SD, query, key)
         return query, key, value

@@ -1,17 +1,14 @@
 """What the adapted linears of one model share: the current microbatch's tokens, and routing statistics.
 
-One object per model, set by each transformer layer from its own arguments, so that a layer that
-runs again under activation recompute sees the tokens of its own microbatch.
-
-What a layer is told about its tokens comes as megatron's ``attention_mask``, the only
-per-microbatch tensor that reaches every layer of every pipeline stage and is kept for activation
-recompute: int64 [1, b, s] with token_task, or [2, b, s] with token_task and, below it, each
-position's document in its row (``Microbatch.marks``). Token_task is for the routing context,
-the documents are for attention.
+One object per model. megatron's linears take hidden states only, so each transformer layer sets the tokens for
+its adapters while it runs, from its own argument (:class:`TokenInfo`). A layer, or a part of one, that runs again
+under activation recompute sets those of its own microbatch.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -41,7 +38,8 @@ class RoutingContext:
 
     Attributes:
         num_tasks: tasks of the training mixture.
-        token_task_BS: int64, 0 on padding and task index + 1 elsewhere; None: one task, no padding.
+        token_task_BS: of the running layer; int64, 0 on padding and task index + 1 elsewhere; None: one task,
+            no padding.
         recording: whether statistics are collected.
         statistics: by site name, in model order.
     """
@@ -50,6 +48,16 @@ class RoutingContext:
     token_task_BS: Tensor | None = None
     recording: bool = False
     statistics: dict[str, SiteStatistics] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def working_on(self, token_task_BS: Tensor | None) -> Iterator[None]:
+        """Inside, the adapters work on these tokens."""
+        before = self.token_task_BS
+        self.token_task_BS = token_task_BS
+        try:
+            yield
+        finally:
+            self.token_task_BS = before
 
     def local_tasks(self, num_tokens: int, shard: int, num_shards: int, device: torch.device) -> Tensor:
         """Task of each token on this rank's sequence shard, in [s, b] order. int64 [num_tokens]"""

@@ -144,6 +144,7 @@ class Method:
         default_rank: `lora_rank` where the config names none.
         peft: see :class:`PeftForm`; None: this project's own PEFT tuner loads it.
         needs_norms: :meth:`output` wants :meth:`squared_norms`.
+        is_ablation: kept to reproduce a table of the paper.
     """
 
     chain: ClassVar[Chain | None] = None
@@ -152,6 +153,7 @@ class Method:
     default_rank: ClassVar[int] = 8
     peft: ClassVar[PeftForm | None] = None
     needs_norms: ClassVar[bool] = False
+    is_ablation: ClassVar[bool] = False
     parameters: ClassVar[dict[str, Param]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

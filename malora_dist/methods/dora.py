@@ -33,11 +33,12 @@ class Dora(Lora):
         Row i is ||W0_i||^2 + 2 s (W0 A^T)_i . B_i + s^2 B_i (A A^T) . B_i. Each term is a sum over the
         input, so the shares of its shards add up.
         """
-        a, b, s = p["A"].float(), p["B"].float(), self.scaling
+        wide = torch.promote_types(weight_OI.dtype, torch.float32)
+        a, b, s = p["A"].to(wide), p["B"].to(wide), self.scaling
         gram = a @ a.t()
         parts = []
         for weight, rows in zip(weight_OI.split(_ROWS), b.split(_ROWS), strict=True):
-            weight = weight.float()
+            weight = weight.to(wide)
             cross = weight @ a.t()
             parts.append(weight.square().sum(dim=-1) + ((2 * s * cross + s**2 * (rows @ gram)) * rows).sum(dim=-1))
         return torch.cat(parts)

@@ -27,6 +27,7 @@ class MaloraB(Method):
     sent = "in"
     returned = "shared"
     default_rank = 12
+    is_ablation = True
 
     def project(self, p: Mapping[str, Tensor], x_TI: Tensor) -> Tensor:
         return x_TI

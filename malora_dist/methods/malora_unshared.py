@@ -24,6 +24,7 @@ class MaloraUnshared(Method):
 
     sent = "in"
     default_rank = 12
+    is_ablation = True
 
     def project(self, p: Mapping[str, Tensor], x_TI: Tensor) -> Tensor:
         return x_TI

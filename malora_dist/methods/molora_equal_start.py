@@ -11,3 +11,5 @@ class MoloraEqualStart(Molora):
     """MoLoRA but for the start: one draw of A for all experts of a projection."""
 
     A = Param("expert", "rank", "in", same_for_all=True)
+
+    is_ablation = True

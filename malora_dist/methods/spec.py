@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from malora_dist.errors import ConfigError
+from malora_dist.fields import check_fields, key
 from malora_dist.methods.base import METHODS, Method
 
 #: The seven linear projections of a Llama layer, by their Hugging Face names, and where
@@ -25,49 +26,38 @@ PROJECTIONS: tuple[str, ...] = tuple(p for fused in MEGATRON_LINEARS.values() fo
 class AdapterSpec:
     """Which adapter is put on which projections; the methods are the files of malora_dist/methods/."""
 
-    method: str = field(
-        default="malora",
-        metadata={
-            "help": "`lora`, `asymmetric_lora`, `dora`, `molora`, `mo_asymmetric_lora`, `hydralora`, `malora`, or an "
-            "ablation of the paper: `molora_equal_start`, `malora_unshared`, `malora_b`"
-        },
+    method: str = key(
+        "malora",
+        "`lora`, `asymmetric_lora`, `dora`, `molora`, `mo_asymmetric_lora`, `hydralora`, `malora`, or an ablation of "
+        "the paper: `molora_equal_start`, `malora_unshared`, `malora_b`",
     )
-    target_modules: list[str] = field(
-        default_factory=lambda: list(PROJECTIONS),
-        metadata={
-            "help": "projections to adapt, by Hugging Face name (q_proj, ...) or megatron name (linear_qkv, ...)"
-        },
+    target_modules: list[str] = key(
+        list(PROJECTIONS),
+        "projections to adapt, by Hugging Face name (q_proj, ...) or megatron name (linear_qkv, ...)",
+        choices=(*PROJECTIONS, *MEGATRON_LINEARS),
+        required=True,
     )
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "r, rank of one expert, PEFT's `r`; default: 12 for malora, 8 for the others"}
+    lora_rank: int | None = key(None, "r, rank of one expert, PEFT's `r`; by default the method's", minimum=1)
+    lora_alpha: float | None = key(None, "numerator of the scaling s = lora_alpha / lora_rank", above=0)
+    use_rslora: bool = key(False, "s = lora_alpha / sqrt(lora_rank) instead (rsLoRA)")
+    lora_dropout: float = key(
+        0.0,
+        "dropout on the input of S_A (or A); the router sees x undropped",
+        minimum=0,
+        below=1,
+        cure="0.05 is a usual value",
     )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling s = lora_alpha / lora_rank; default: 2 * lora_rank"}
+    num_lora_experts: int = key(8, "N, experts per adapted projection (methods with a router)", minimum=1)
+    topk: int = key(2, "k, experts per token (methods with a router)", minimum=1)
+    shared_dim: int = key(32, "d, width of the shared subspace S_A x (malora)", minimum=1)
+    beta: float = key(1.0, "scale of MALoRA's start: S_A starts beta times as large and P_t divided by beta", above=0)
+    freeze: list[str] = key([], "parameters that stay at their start, by the method's names, for example [S] or [P]")
+    fuse_projections: bool = key(
+        False, "q, k, v share one router and down-projection, gate and up another; each keeps its own B"
     )
-    use_rslora: bool = field(default=False, metadata={"help": "s = lora_alpha / sqrt(lora_rank) instead (rsLoRA)"})
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "dropout on the input of S_A (or A); the router sees x undropped"}
-    )
-    num_lora_experts: int = field(
-        default=8, metadata={"help": "N, experts per adapted projection (methods with a router)"}
-    )
-    topk: int = field(default=2, metadata={"help": "k, experts per token (methods with a router)"})
-    shared_dim: int = field(default=32, metadata={"help": "d, width of the shared subspace S_A x (malora)"})
-    beta: float = field(
-        default=1.0,
-        metadata={"help": "scale of MALoRA's start: S_A starts beta times as large and P_t divided by beta"},
-    )
-    freeze: list[str] = field(
-        default_factory=list,
-        metadata={"help": "parameters that stay at their start, by the method's names, for example [S] or [P]"},
-    )
-    fuse_projections: bool = field(
-        default=False,
-        metadata={"help": "q, k, v share one router and down-projection, gate and up another; each keeps its own B"},
-    )
-    norm_topk_prob: bool = field(default=True, metadata={"help": "renormalise the kept gates to sum 1 when topk > 1"})
-    aux_loss_coeff: float = field(
-        default=0.01, metadata={"help": "load-balancing loss coefficient, per adapted projection"}
+    norm_topk_prob: bool = key(True, "renormalise the kept gates to sum 1 when topk > 1")
+    aux_loss_coeff: float = key(
+        0.01, "load-balancing loss coefficient, per adapted projection", minimum=0, cure="set 0 to switch it off"
     )
 
     def __post_init__(self) -> None:
@@ -142,35 +132,13 @@ class AdapterSpec:
         return {"target_modules": self.projections} | {name: getattr(self, name) for name in names}
 
     def validate_adapter(self) -> None:
-        """Check all fields against each other.
+        """Check the adapter's own fields, each and against each other.
 
         Raises:
             ConfigError: naming the key, its value, the rule and the cure.
         """
         declared = self.declared  # refuses an unknown method
-        known = set(PROJECTIONS) | set(MEGATRON_LINEARS)
-        if not self.target_modules:
-            raise ConfigError(
-                "target_modules", [], "needs at least one projection", f"choose from {', '.join(PROJECTIONS)}"
-            )
-        for target in self.target_modules:
-            if target not in known:
-                raise ConfigError(
-                    "target_modules",
-                    target,
-                    "matches no projection of a Llama layer",
-                    f"choose from {', '.join(PROJECTIONS)} or {', '.join(MEGATRON_LINEARS)}",
-                )
-        for key in ("lora_rank", "num_lora_experts", "topk", "shared_dim"):
-            if getattr(self, key) < 1:
-                raise ConfigError(key, getattr(self, key), "must be at least 1", "raise it")
-        for key in ("lora_alpha", "beta"):
-            if not getattr(self, key) > 0:
-                raise ConfigError(key, getattr(self, key), "must be positive", "raise it")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError("lora_dropout", self.lora_dropout, "must lie in [0, 1)", "0.05 is a usual value")
-        if self.aux_loss_coeff < 0:
-            raise ConfigError("aux_loss_coeff", self.aux_loss_coeff, "must not be negative", "set 0 to switch it off")
+        check_fields(self, of=AdapterSpec)
         if self.is_mixture and self.topk > self.num_lora_experts:
             raise ConfigError(
                 "topk",
@@ -179,3 +147,21 @@ class AdapterSpec:
                 "lower topk or add experts",
             )
         declared.check()
+
+
+def refuse_former_malora(method: object, rank_expansion: object) -> None:
+    """Refuse MALoRA as files of an earlier form of this project hold it; their other methods are what they are now.
+
+    Args:
+        rank_expansion: a field of those files only; None: there is none.
+
+    Raises:
+        ConfigError: naming it and the cure.
+    """
+    if method == "malora" and rank_expansion is not None:
+        raise ConfigError(
+            "rank_expansion",
+            rank_expansion,
+            "is of MALoRA in a former form of this project, which was not the paper's",
+            "train it again, with the rank of one expert as lora_rank",
+        )

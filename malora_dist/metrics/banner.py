@@ -6,13 +6,13 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import LlamaConfig
 
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.config import Config
 from malora_dist.exchange.plan import ExchangePlan
-from malora_dist.families.llama import LlamaModel, projection_widths
+from malora_dist.families.base import DecoderConfig, projection_widths
 from malora_dist.kernels.experts import choose_expert_compute
+from malora_dist.layers.decoder import CausalModel
 from malora_dist.methods.budget import adapter_parameters
 from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.topology import Topology
@@ -27,7 +27,7 @@ def _size(num_bytes: float) -> str:
 
 
 def memory_estimate(
-    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, plan: ExchangePlan, topology: Topology
+    model: Sequence[CausalModel], config: Config, hf: DecoderConfig, plan: ExchangePlan, topology: Topology
 ) -> dict[str, float]:
     """Bytes on this rank, by what holds them.
 
@@ -91,7 +91,12 @@ def _expert_compute(config: Config, plan: ExchangePlan, topology: Topology) -> s
 
 
 def _entries(
-    model: Sequence[LlamaModel], config: Config, hf: LlamaConfig, base: BaseInfo, plan: ExchangePlan, topology: Topology
+    model: Sequence[CausalModel],
+    config: Config,
+    hf: DecoderConfig,
+    base: BaseInfo,
+    plan: ExchangePlan,
+    topology: Topology,
 ) -> Iterator[tuple[str, str]]:
     """(label, text) of each entry."""
     dtype = "bfloat16" if config.bf16 else "float32"
@@ -129,9 +134,9 @@ def _entries(
 
 
 def banner(
-    model: Sequence[LlamaModel],
+    model: Sequence[CausalModel],
     config: Config,
-    hf: LlamaConfig,
+    hf: DecoderConfig,
     base: BaseInfo,
     plan: ExchangePlan,
     topology: Topology,

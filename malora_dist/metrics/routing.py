@@ -6,13 +6,13 @@ Shape suffixes: L adapted projections of this stage, J tasks, N experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from malora_dist.layers.routing_context import RoutingContext, SiteStatistics
+from malora_dist.metrics.loggers.base import Metrics
 from malora_dist.parallel.topology import Topology
 
 
@@ -48,23 +48,13 @@ def balance(counts_N: Tensor) -> float:
     return float(counts_N.max() / counts_N.mean().clamp(min=1e-9))
 
 
-@dataclass(frozen=True)
-class RoutingReport:
-    """What TensorBoard shows of the routing.
+def report_routing(statistics: dict[str, SiteStatistics], topk: int, task_names: Sequence[str]) -> Metrics:
+    """Balance (max/mean load), router entropy (nats per token), aux loss and top-k slots per expert.
 
-    Attributes:
-        scalars: by tag; balance is max/mean load, entropy in nats per token.
-        expert_counts: by tag, top-k slots per expert; shown as histograms over the expert number.
+    Per adapted projection and overall.
     """
-
-    scalars: dict[str, float]
-    expert_counts: dict[str, list[float]]
-
-
-def report_routing(statistics: dict[str, SiteStatistics], topk: int, task_names: Sequence[str]) -> RoutingReport:
-    """Balance, router entropy, aux loss and tokens per expert, per adapted projection and overall."""
     scalars: dict[str, float] = {}
-    expert_counts: dict[str, list[float]] = {}
+    counts: dict[str, list[float]] = {}
     balances, entropies, aux_loss = [], [], 0.0
     for site, s in statistics.items():
         counts_N = s.counts_JN[1:].sum(dim=0)
@@ -73,12 +63,12 @@ def report_routing(statistics: dict[str, SiteStatistics], topk: int, task_names:
         aux_loss += float(s.aux_loss_sum) / max(float(s.microbatches), 1.0)
         scalars[f"malora/balance/{site}"] = balances[-1]
         scalars[f"malora/router entropy/{site}"] = entropies[-1]
-        expert_counts[f"malora/tokens per expert/{site}"] = counts_N.tolist()
+        counts[f"malora/tokens per expert/{site}"] = counts_N.tolist()
         for task, row_N in zip(task_names, s.counts_JN[1:], strict=True):
-            expert_counts[f"malora/tokens per task and expert/{site}/{task}"] = row_N.tolist()
+            counts[f"malora/tokens per task and expert/{site}/{task}"] = row_N.tolist()
     if statistics:
         scalars["malora/aux loss"] = aux_loss
         scalars["malora/balance"] = sum(balances) / len(balances)
         scalars["malora/worst balance"] = max(balances)
         scalars["malora/router entropy"] = sum(entropies) / len(entropies)
-    return RoutingReport(scalars, expert_counts)
+    return Metrics(scalars, counts)

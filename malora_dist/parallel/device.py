@@ -51,14 +51,12 @@ _MODULES = (
 )
 
 #: Warnings megatron-core causes by itself: at import, that optional packages are missing, which is
-#: the normal state of a CPU machine (the start-up banner states what is in use instead); in its
-#: checkpointing, that it calls deprecated functions of torch; and in its distributed optimizer, that
-#: it keeps gradients on views of the parameters.
+#: the normal state of a CPU machine (the start-up banner states what is in use instead); and in its
+#: checkpointing and its distributed optimizer, that it calls deprecated functions of torch.
 _EXPECTED_WARNINGS = (
     ".*`load_state_dict` is deprecated.*|.*`save_state_dict` is deprecated.*",
     ".*The argument order of load has been changed.*|.*assuming the intent is to load in a single process.*",
     ".*we are deprecating ShardedTensor.*",
-    r".*The \.grad attribute of a Tensor that is not a leaf Tensor is being accessed.*",
     ".*(all_gather|reduce_scatter)(_into|_tensor|_base).* is deprecated.*",
     ".*[Tt]ransformer[ _][Ee]ngine.*",
     ".*[Aa]pex.*",

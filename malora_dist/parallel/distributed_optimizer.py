@@ -35,6 +35,13 @@ def resumable(base: Any) -> Any:
                         "exp_avg_sq": torch.zeros_like(shard, requires_grad=False),
                     }
 
+        @classmethod
+        @torch.no_grad()
+        def _build_model_and_main_param_groups(cls, *args: Any) -> Any:
+            # Views of parameters that knew where they come from would tie the optimizer to the hooks of DDP
+            # in a cycle through C++, which Python cannot collect: model and process groups would live for ever.
+            return super()._build_model_and_main_param_groups(*args)
+
         def sharded_state_dict(
             self, model_state: Any, is_loading: bool = False, metadata: dict[str, Any] | None = None
         ) -> dict[str, Any]:

@@ -72,6 +72,11 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def is_writer(self) -> bool:
+        """Whether this is the one rank that reports: of the last stage, which has the losses."""
+        return self.is_last_stage and self.dp_rank == 0 and self.tp_rank == 0
+
+    @property
     def backend(self) -> str:
         return "nccl" if self.device.type == "cuda" else "gloo"
 
@@ -141,9 +146,18 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> Topology:
 
 
 def destroy() -> None:
-    """Leave all groups; gloo aborts at exit, now and then, when this is left out."""
+    """Leave all groups and drop what megatron-core keeps of them beyond that.
+
+    A group lives as long as anything refers to it. gloo's then keeps three threads that wake a hundred
+    times a second, and aborts at exit, now and then.
+    """
     from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     parallel_state.destroy_model_parallel()
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, ProcessGroup):  # megatron forgets a few
+            setattr(parallel_state, name, None)
+    RotaryEmbedding.forward.cache_clear()  # of the class: it holds modules, and they their groups
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -32,8 +32,3 @@ def mean_losses(sums: Sequence[Tensor], task_names: Sequence[str], topology: Top
         dist.all_reduce(total, group=group)
     by_task = {name: float(loss / tokens) for name, (loss, tokens) in zip(task_names, total, strict=True) if tokens > 0}
     return TaskLosses(by_task, overall=float(total[:, 0].sum() / total[:, 1].sum()))
-
-
-def format_losses(losses: TaskLosses) -> str:
-    """``name 1.234, name 2.345``"""
-    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.by_task.items())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.data.batches import Microbatch
+from malora_dist.layers.token_info import TokenInfo
 
 
 def _sum_over_answers(microbatch: Microbatch, num_tasks: int, losses_L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,8 +37,10 @@ def forward_step(data_iterator: Any, model: torch.nn.Module, *, num_tasks: int) 
     output = model(
         microbatch.tokens_BS,
         microbatch.position_ids_BS,
-        microbatch.marks,
+        None,  # attention's own rule does without a mask
         labels=microbatch.labels_BS,
-        answers_L=microbatch.answers_L,
+        packed_seq_params=TokenInfo(
+            tasks_BS=microbatch.token_task_BS, documents_BS=microbatch.document_BS, answers_L=microbatch.answers_L
+        ),
     )
     return output, partial(_sum_over_answers, microbatch, num_tasks)

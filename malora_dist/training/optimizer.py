@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from malora_dist.config import Config, TrainConfig
+from malora_dist.parallel.adam import make_megatron_use
 from malora_dist.parallel.backends import TORCH_ADAM, Choice
 
 
@@ -20,7 +20,7 @@ def make_optimizer(config: Config, model: Sequence[torch.nn.Module], adam: Choic
         model: this rank's chunks, as megatron's DDP wraps them.
         adam: which implementation, see :func:`malora_dist.parallel.backends.adam_choice`.
     """
-    _make_megatron_use(adam)
+    make_megatron_use(adam)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -42,24 +42,6 @@ def make_optimizer(config: Config, model: Sequence[torch.nn.Module], adam: Choic
         for group in optimizer.param_groups:
             group["fused"] = True
     return optimizer
-
-
-def _make_megatron_use(choice: Choice) -> None:
-    """Put the chosen Adam in the place of the one that megatron-core took.
-
-    megatron-core takes the first importable of Transformer Engine, apex and torch when it is
-    imported, whatever the device, and keeps it with flags that say whose it is in two modules. They
-    stay as they are set here: its distributed optimizer asks them again in every checkpoint.
-    """
-    adam = choice.load()
-    is_torch = choice.chosen == TORCH_ADAM
-    vars(sys.modules["megatron.core.optimizer"]).update(Adam=adam, USING_PYTORCH_OPTIMIZER=is_torch)
-    vars(sys.modules["megatron.core.optimizer.distrib_optimizer"]).update(
-        Adam=adam,
-        HAVE_APEX_OR_TE=not is_torch,
-        USING_TE_OPTIMIZER=choice.chosen.startswith("transformer_engine."),
-        USING_APEX_OPTIMIZER=choice.chosen.startswith("apex."),
-    )
 
 
 def make_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,21 +27,22 @@ from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
 from malora_dist.errors import CheckpointError
 from malora_dist.exchange.plan import plan_exchanges
-from malora_dist.families.hf_config import read_llama_config
-from malora_dist.families.llama import adapter_sites, build_llama, transformer_config
+from malora_dist.families.base import family_of
 from malora_dist.layers.adapted_linear import start_from_base
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
 from malora_dist.metrics.banner import banner
-from malora_dist.metrics.clock import Clock
-from malora_dist.metrics.logger import ConsoleLogger, Logger, NullLogger, progress_line
+from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
+from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
-from malora_dist.training.evaluation import TaskLosses, format_losses, mean_losses
+from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step
+from malora_dist.training.evaluation import TaskLosses, mean_losses
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import make_optimizer, make_scheduler
 
@@ -58,7 +58,8 @@ class Trainer:
         self.config, self.topology = config, topology
         base_path = Path(config.pretrained_checkpoint)
         self.base = read_base_info(base_path)
-        self.hf = read_llama_config(hf_dir(base_path))
+        family = family_of(hf_dir(base_path))
+        self.hf = family.hf
         if config.load:
             check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
@@ -70,9 +71,9 @@ class Trainer:
         sites = adapter_sites(self.hf, config, topology)
         self.plan = plan_exchanges(config, sites, topology.ep_group, topology.device)
         settings = AdapterSettings(config, topology, self.plan, self.context, config.seed, config.expert_compute)
-        self.model_config = transformer_config(self.hf, topology, config)
         attention = attention_class(attention_choice(config, topology.device).chosen)
-        model = build_llama(self.hf, self.model_config, settings, config.seq_length, attention)
+        model = build_stages(family, config, settings, attention)
+        self.model_config = model[0].config
         load_base_weights(checkpoint_dir(base_path), model, topology)
         start_from_base(model)
         ddp_config = DistributedDataParallelConfig(
@@ -87,43 +88,31 @@ class Trainer:
         if config.load:
             load_adapter_checkpoint(Path(config.load), self.trained, topology)
         self.traffic = TrafficCounter(topology)
-        self.logger = self._make_logger()
+        self.logger = make_loggers(config) if topology.is_writer else Loggers()
+        self.callbacks: list[Callback] = [Log(config, self.logger, self.recorded)]
+        if config.eval_iters:
+            self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
+        if config.save:
+            self.callbacks.append(Save(config, self.logger, self.save))
 
     def train(self) -> None:
-        """Train to train_iters (or exit_interval), evaluating, logging and saving on the way."""
-        config, trained = self.config, self.trained
-        last = min(config.train_iters, config.exit_interval or config.train_iters)
-        self.logger.message(banner(trained.model, config, self.hf, self.base, self.plan, self.topology))
-        self.logger.message(self.batches.describe())
-        if config.load:
-            at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
-            self.logger.message(f"loaded {config.load}, going on {at}")
-        if trained.iteration >= last:
-            self.logger.message(f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters")
-        clock = Clock()
-        while trained.iteration < last:
-            is_logged = (trained.iteration + 1) % config.log_interval == 0 or trained.iteration + 1 == last
-            losses, grad_norm, tokens = self.train_step(record=is_logged)
-            clock.add(tokens)
-            if is_logged:
-                self._log(losses, grad_norm, clock)
-            is_last = trained.iteration == last
-            if config.eval_iters and (
-                is_last or (config.eval_interval and trained.iteration % config.eval_interval == 0)
-            ):
-                with clock.paused():
-                    self.evaluate()
-            if config.save and (is_last or (config.save_interval and trained.iteration % config.save_interval == 0)):
-                with clock.paused():
-                    self.save()
-        self.logger.close()
+        """Train to the config's last iteration; the callbacks do what is due between the steps."""
+        with contextlib.closing(self.logger):
+            for text in self._introduction():
+                self.logger.message(text)
+            while self.trained.iteration < self.config.last_iteration:
+                record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
+                step = self.train_step(record)
+                for callback in self.callbacks:
+                    callback.after_step(step)
 
-    def train_step(self, record: bool = False) -> tuple[TaskLosses, float, int]:
-        """One optimizer step: (mean answer losses, gradient norm before clipping, tokens of the global batch).
+    def train_step(self, record: bool = False) -> Step:
+        """One optimizer step.
 
         Args:
-            record: keep the step's routing (``self.context``) and traffic (``self.traffic``).
+            record: keep the step's routing and traffic, see :meth:`recorded`.
         """
+        began = time.perf_counter()
         trained = self.trained
         if record:
             self.traffic = TrafficCounter(self.topology)
@@ -135,9 +124,7 @@ class Trainer:
         self._seed_step(trained.iteration)
         # megatron divides all gradients by the answer tokens of the global batch; the auxiliary
         # loss shall be a mean over its microbatches, those of padding left out.
-        MoEAuxLossAutoScaler.set_loss_scale(
-            torch.tensor(counts.answer_tokens / max(counts.microbatches, 1), device=self.topology.device)
-        )
+        set_aux_loss_scale(counts.answer_tokens / max(counts.microbatches, 1), self.topology.device)
         self.context.recording = record
         for chunk in self.ddp:
             chunk.train()
@@ -152,11 +139,25 @@ class Trainer:
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
-        return mean_losses(sums, self.batches.task_names, self.topology), float(grad_norm), counts.tokens
+        return Step(
+            iteration=trained.iteration,
+            losses=mean_losses(sums, self.batches.task_names, self.topology),  # waits for the device
+            grad_norm=float(grad_norm),
+            learning_rate=trained.optimizer.param_groups[0]["lr"],
+            tokens=counts.tokens,
+            seconds=time.perf_counter() - began,
+        )
+
+    def recorded(self) -> Metrics:
+        """Figures of the last recorded step's routing and traffic; called by all ranks, empties the record."""
+        statistics = reduce_statistics(self.context, self.topology)
+        metrics = report_routing(statistics, self.config.topk, self.batches.task_names)
+        metrics.scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
+        return metrics
 
     @torch.no_grad()
     def evaluate(self) -> TaskLosses:
-        """Mean answer loss of each task's validation split; logged. Tasks without one are left out."""
+        """Mean answer loss of each task's validation split; tasks without one are left out."""
         for chunk in self.ddp:
             chunk.eval()
         sums: list[Tensor] = []
@@ -165,20 +166,13 @@ class Trainer:
                 self.plan.begin_step()
             sums.extend(self._run(microbatches, forward_only=True))
         self.plan.end_step(with_gradients=False)
-        losses = mean_losses(sums, self.batches.task_names, self.topology)
-        if not losses.by_task:
-            return losses
-        self.logger.message(f"validation at iteration {self.trained.iteration}: {format_losses(losses)}")
-        scalars = {f"lm loss validation/{name}": loss for name, loss in losses.by_task.items()}
-        self.logger.scalars({"lm loss validation": losses.overall, **scalars}, self.trained.iteration)
-        return losses
+        return mean_losses(sums, self.batches.task_names, self.topology)
 
-    def save(self) -> None:
-        """Write a checkpoint of this iteration."""
-        directory = save_adapter_checkpoint(
+    def save(self) -> Path:
+        """Write a checkpoint of this iteration; its directory."""
+        return save_adapter_checkpoint(
             Path(self.config.save), self.trained, self.config, self.base, self.hf.num_hidden_layers, self.topology
         )
-        self.logger.message(f"saved {directory}")
 
     def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
         """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
@@ -202,32 +196,18 @@ class Trainer:
         """Dropout is a function of (seed, step, data-parallel rank), so a resumed run draws the same masks."""
         if self.config.lora_dropout > 0:
             seed = (self.config.seed + 1_000_003 * iteration + 7919 * self.topology.dp_rank) % 2**31
-            model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+            seed_dropout(seed)
 
-    def _make_logger(self) -> Logger:
-        t = self.topology
-        if not (t.is_last_stage and t.dp_rank == 0 and t.tp_rank == 0):
-            return NullLogger()
-        directory = self.config.tensorboard_dir or (self.config.save and str(Path(self.config.save) / "tensorboard"))
-        return ConsoleLogger(Path(directory) if directory else None)
-
-    def _log(self, losses: TaskLosses, grad_norm: float, clock: Clock) -> None:
-        """One console line and the TensorBoard scalars of this step; called by all ranks."""
-        config, iteration = self.config, self.trained.iteration
-        routing = report_routing(reduce_statistics(self.context, self.topology), config.topk, self.batches.task_names)
-        seconds, tokens_per_second = clock.lap()
-        lr = self.trained.optimizer.param_groups[0]["lr"]
-        figures = {"lm loss": f"{losses.overall:.4f}", "lr": f"{lr:.2e}", "grad-norm": f"{grad_norm:.3f}"}
-        if "malora/balance" in routing.scalars:
-            figures["balance"] = f"{routing.scalars['malora/balance']:.2f}"
-        figures |= {"tokens/s": f"{tokens_per_second:,.0f}", "s/it": f"{seconds:.3f}"}
-        self.logger.message(progress_line(iteration, config.train_iters, figures, seconds))
-        scalars = {"lm loss": losses.overall, "learning-rate": lr, "grad-norm": grad_norm,
-                   "throughput": tokens_per_second, "iteration-time": seconds}  # fmt: skip
-        scalars |= {f"lm loss/{name}": loss for name, loss in losses.by_task.items()}
-        scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
-        self.logger.scalars(scalars, iteration)
-        self.logger.routing(routing, iteration)
+    def _introduction(self) -> Iterator[str]:
+        """What a run says before its first step."""
+        trained, last = self.trained, self.config.last_iteration
+        yield banner(trained.model, self.config, self.hf, self.base, self.plan, self.topology)
+        yield self.batches.describe()
+        if self.config.load:
+            at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
+            yield f"loaded {self.config.load}, going on {at}"
+        if trained.iteration >= last:
+            yield f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters"
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from malora_dist.checkpoint.convert import export_hf, import_hf
-from malora_dist.families.hf_conversion import conversion_map
+from malora_dist.families.conversion import conversion_map
+from malora_dist.families.llama import Llama
 
 RESULTS = Path(__file__).parent / "results" / "conversion_memory.json"
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -52,7 +53,7 @@ def llama_config(nbytes: float) -> LlamaConfig:
 
 def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """{Hugging Face key: shape} of a model."""
-    return {key: shape for chunk in conversion_map(config) for key, shape in chunk.hf_shapes.items()}
+    return {key: shape for chunk in conversion_map(Llama(config)) for key, shape in chunk.hf_shapes.items()}
 
 
 def write_model(config: LlamaConfig, directory: Path) -> None:
@@ -60,7 +61,7 @@ def write_model(config: LlamaConfig, directory: Path) -> None:
     directory.mkdir()
     weight_map: dict[str, str] = {}
     generator = torch.Generator().manual_seed(0)
-    for layer, chunks in itertools.groupby(conversion_map(config), key=lambda chunk: chunk.layer):
+    for layer, chunks in itertools.groupby(conversion_map(Llama(config)), key=lambda chunk: chunk.layer):
         file = f"model-{'ends' if layer is None else layer}.safetensors"
         tensors = {
             key: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02, generator=generator)
@@ -125,7 +126,9 @@ def measure(nbytes: float, max_shard_bytes: int, repeats: int, scratch: Path) ->
         "model_bytes": sum(sizes),
         "num_hidden_layers": config.num_hidden_layers,
         "largest_tensor_bytes": max(sizes),
-        "largest_fused_tensor_bytes": max(2 * torch.Size(chunk.shape).numel() for chunk in conversion_map(config)),
+        "largest_fused_tensor_bytes": max(
+            2 * torch.Size(chunk.shape).numel() for chunk in conversion_map(Llama(config))
+        ),
         "max_shard_bytes": max_shard_bytes,
         "import": run_in_children(repeats, "import", scratch / "llama", scratch / "base", max_shard_bytes),
         "export": run_in_children(repeats, "export", scratch / "base", scratch / "back", max_shard_bytes),

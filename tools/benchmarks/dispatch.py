@@ -37,23 +37,23 @@ from typing import Any
 
 import torch
 from common import headline, interleaved, print_table, ratios, summary, write_results
+from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
+from malora_dist.methods.maths import Routing
 from models import Inputs, Processes, build_trainer, llama_config, llama_like, spawn, write_inputs
 from overlap import measure_overlap
 from torch import Tensor
 from transformers import LlamaConfig
 
 from malora_dist.exchange.base import DispatchedTokens, Returning, TokenDispatcher
-from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
 from malora_dist.families.shapes import SHAPES
-from malora_dist.methods.maths import Routing
 from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 with without_expected_warnings():  # import megatron-core
-    from malora_dist.families.llama import adapter_shapes
     from malora_dist.layers.adapted_linear import LinearAdapters
+    from malora_dist.models.build import adapter_shapes
 
 #: {way: config keys}
 WAYS = {

@@ -24,11 +24,8 @@ from typing import Literal
 
 from transformers import LlamaConfig
 
+from malora_dist.families.base import projection_widths
 from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
-from malora_dist.parallel.device import without_expected_warnings
-
-with without_expected_warnings():  # imports megatron-core
-    from malora_dist.families.llama import projection_widths
 
 Form = Literal["gated_block", "grouped"]
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from transformers.utils import logging
 
 from malora_dist.checkpoint.convert import import_hf
-from malora_dist.config import load_config
+from malora_dist.config_file import load_config
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology

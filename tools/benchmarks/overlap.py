@@ -29,12 +29,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import interleaved, print_table, ratios, summary
+from malora_dist.methods.maths import route
 from models import spawn
 
 from malora_dist.config import Config
 from malora_dist.exchange.all_to_all import AllToAllDispatcher
 from malora_dist.kernels.experts import Columns, add_experts, add_rows
-from malora_dist.methods.maths import route
 from malora_dist.parallel import topology as layout
 
 EP = 2

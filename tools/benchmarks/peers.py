@@ -206,7 +206,7 @@ class OurTrainer(Contender):
         self.trainer.train_step()
 
     def start_loss(self) -> float:
-        return self.trainer.train_step()[0].overall
+        return self.trainer.train_step().losses.overall
 
     def batches(self, count: int) -> list[Batch]:
         """The first microbatches as a Hugging Face model takes them; labels are shifted already."""

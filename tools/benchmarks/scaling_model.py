@@ -15,6 +15,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from malora_dist.exchange.cost import AdapterShape
 from scaling_cluster import Cluster, Group, Op
 from scaling_parts import (
     BF16,
@@ -31,7 +32,6 @@ from scaling_parts import (
 )
 
 from malora_dist.exchange import cost
-from malora_dist.exchange.cost import AdapterShape
 from malora_dist.methods.spec import AdapterSpec
 
 # ---- compute

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from malora_dist.exchange.cost import AdapterShape
 from scaling_cluster import Group
 
 from malora_dist.exchange import cost
-from malora_dist.exchange.cost import AdapterShape
 from malora_dist.methods.spec import AdapterSpec
 
 BF16, FP32 = 2, 4

@@ -43,7 +43,7 @@ from models import Inputs, build_trainer, llama_config, llama_like, peak_memory,
 from transformers import LlamaConfig
 from usual_dispatch import dispatch_as_usual
 
-from malora_dist.config import load_config
+from malora_dist.config_file import load_config
 from malora_dist.families.shapes import SHAPES
 from malora_dist.kernels.experts import choose_expert_compute
 from malora_dist.methods.budget import trainable_parameters

@@ -22,6 +22,7 @@ from malora_dist.parallel.device import without_expected_warnings
 
 with without_expected_warnings():  # imports megatron-core
     from malora_dist.kernels.fused_columns import Run
+
     from malora_dist.layers.adapted_linear import LinearAdapters
     from malora_dist.layers.adapter import Adapter
 

@@ -1,14 +1,8 @@
-"""The map between Hugging Face's Llama tensors and megatron-core's GPTModel checkpoint.
+"""The map between a family's Hugging Face tensors and megatron-core's GPTModel checkpoint.
 
 A megatron `torch_dist` checkpoint stacks the layers: one tensor per kind of weight with the layer
 axis in front. One :class:`Chunk` is what one layer (or the model itself) contributes to one such
-tensor, and which Hugging Face tensors are fused into it:
-
-========================  =============================================================
-``linear_qkv``            rows interleaved by query group: [q heads of the group | k | v]
-``linear_fc1``            gate rows, then up rows
-everything else           one Hugging Face tensor, unchanged
-========================  =============================================================
+tensor, and which Hugging Face tensors are fused into it, as the rows of the family's table say.
 
 Keys and shapes are those of ``GPTModel.sharded_state_dict()`` with equal layers; they do not
 depend on the parallel layout. Tied embeddings are stored once: both ends of the model load
@@ -19,50 +13,16 @@ Nothing here reads or writes files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
 
 from malora_dist.errors import CheckpointError
+from malora_dist.families.base import Family, Row
 from malora_dist.methods.spec import MEGATRON_LINEARS
 
-EMBEDDING_KEY = "model.embed_tokens.weight"
-OUTPUT_KEY = "lm_head.weight"
-
-#: Buffers that old versions of transformers saved although they follow from the config.
-_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-
-
-class _Row(NamedTuple):
-    """One line of the map. Widths: h hidden, q all query heads, k all key (or value) heads, f MLP, v vocabulary."""
-
-    megatron: str
-    hf: dict[str, str]  # {name: widths of its axes}, in fused order
-    by_query_group: bool = False
-
-
-_MODEL_ROWS = (
-    _Row("embedding.word_embeddings.weight", {EMBEDDING_KEY: "vh"}),
-    _Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
-    _Row("output_layer.weight", {OUTPUT_KEY: "vh"}),
-)
-_LAYER_ROWS = (
-    _Row("input_layernorm.weight", {"input_layernorm.weight": "h"}),
-    _Row(
-        "self_attention.linear_qkv.weight",
-        {"self_attn.q_proj.weight": "qh", "self_attn.k_proj.weight": "kh", "self_attn.v_proj.weight": "kh"},
-        by_query_group=True,
-    ),
-    _Row("self_attention.linear_proj.weight", {"self_attn.o_proj.weight": "hq"}),
-    _Row("pre_mlp_layernorm.weight", {"post_attention_layernorm.weight": "h"}),
-    _Row("mlp.linear_fc1.weight", {"mlp.gate_proj.weight": "fh", "mlp.up_proj.weight": "fh"}),
-    _Row("mlp.linear_fc2.weight", {"mlp.down_proj.weight": "hf"}),
-)
 #: Objects (empty without fp8) that megatron's linears ask for beside their weights, one per layer.
 _EXTRA_STATES = tuple(
     f"decoder.layers.{'mlp' if linear.startswith('linear_fc') else 'self_attention'}.{linear}._extra_state"
@@ -113,31 +73,30 @@ class Chunk:
         }
 
 
-def conversion_map(config: LlamaConfig) -> list[Chunk]:
+def conversion_map(family: Family) -> list[Chunk]:
     """All chunks of a model: the model's own first, then layer by layer."""
-    groups, head_dim = config.num_key_value_heads, config.head_dim
-    assert groups is not None, "LlamaConfig fills it in"
-    assert head_dim is not None, "LlamaConfig fills it in"
+    hf = family.hf
     widths = {
-        "h": config.hidden_size,
-        "q": config.num_attention_heads * head_dim,
-        "k": groups * head_dim,
-        "f": config.intermediate_size,
-        "v": config.vocab_size,
+        "h": hf.hidden_size,
+        "q": hf.num_attention_heads * hf.head_dim,
+        "k": hf.num_key_value_heads * hf.head_dim,
+        "f": hf.intermediate_size,
+        "v": hf.vocab_size,
     }
 
-    def chunk(row: _Row, layer: int | None) -> Chunk:
-        megatron, hf = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
+    def chunk(row: Row, layer: int | None) -> Chunk:
+        megatron_prefix, hf_prefix = ("", "") if layer is None else ("decoder.layers.", f"model.layers.{layer}.")
         return Chunk(
-            key=megatron + row.megatron,
+            key=megatron_prefix + row.megatron,
             layer=layer,
-            num_layers=config.num_hidden_layers,
-            hf_shapes={hf + name: tuple(widths[axis] for axis in axes) for name, axes in row.hf.items()},
-            groups=groups if row.by_query_group else 1,
+            num_layers=hf.num_hidden_layers,
+            hf_shapes={hf_prefix + name: tuple(widths[axis] for axis in axes) for name, axes in row.hf.items()},
+            groups=hf.num_key_value_heads if row.by_query_group else 1,
         )
 
-    model = [chunk(row, None) for row in _MODEL_ROWS if not (config.tie_word_embeddings and OUTPUT_KEY in row.hf)]
-    return model + [chunk(row, i) for i in range(config.num_hidden_layers) for row in _LAYER_ROWS]
+    left_out = family.output_key if hf.tie_word_embeddings else None
+    model = [chunk(row, None) for row in family.model_rows if left_out not in row.hf]
+    return model + [chunk(row, i) for i in range(hf.num_hidden_layers) for row in family.layer_rows]
 
 
 def extra_state_keys(num_layers: int) -> list[str]:
@@ -145,12 +104,13 @@ def extra_state_keys(num_layers: int) -> list[str]:
     return [f"{key}/shard_{i}_{num_layers}" for i in range(num_layers) for key in _EXTRA_STATES]
 
 
-def redundant_keys(config: LlamaConfig, keys: Mapping[str, object]) -> list[str]:
-    """Keys that carry nothing of their own: rotary buffers and, with tied embeddings, the output layer's copy."""
-    return [k for k in keys if _DERIVED.fullmatch(k) or (k == OUTPUT_KEY and config.tie_word_embeddings)]
+def redundant_keys(family: Family, keys: Mapping[str, object]) -> list[str]:
+    """Keys that carry nothing of their own: derived tensors and, with tied embeddings, the output layer's copy."""
+    is_tied = family.hf.tie_word_embeddings
+    return [k for k in keys if family.derived_keys.fullmatch(k) or (k == family.output_key and is_tied)]
 
 
-def check_coverage(source: object, config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_coverage(source: object, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Every tensor of a Hugging Face model is converted, and every one needed is there.
 
     Args:
@@ -160,9 +120,9 @@ def check_coverage(source: object, config: LlamaConfig, shapes: Mapping[str, tup
     Raises:
         CheckpointError: naming the first unknown key, missing key or wrong shape.
     """
-    expected = {key: shape for chunk in conversion_map(config) for key, shape in chunk.hf_shapes.items()}
-    for key in sorted(shapes.keys() - expected.keys() - set(redundant_keys(config, shapes))):
-        raise CheckpointError(f"{source}: tensor {key!r} is not part of a Llama and would be lost; remove it")
+    expected = {key: shape for chunk in conversion_map(family) for key, shape in chunk.hf_shapes.items()}
+    for key in sorted(shapes.keys() - expected.keys() - set(redundant_keys(family, shapes))):
+        raise CheckpointError(f"{source}: tensor {key!r} is not part of a {family.name} and would be lost; remove it")
     for key, shape in expected.items():
         if key not in shapes:
             raise CheckpointError(f"{source}: tensor {key!r} of shape {list(shape)} is missing; complete the model")

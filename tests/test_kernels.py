@@ -1,4 +1,4 @@
-"""What training computes (kernels/experts.py) against the plain maths (methods/maths.py), on one process.
+"""What training computes (malora_dist/kernels/) against the declared maths (methods/reference.py), on one process.
 
 float64, so that only a different formula can differ; tolerance 1e-10 of an entry. float32 and bfloat16 where
 grouped_mm has kernels: there the order of summation differs, the tolerances are those dtypes' roundings.
@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from malora_dist.kernels.experts import (
-    Columns,
-    add_experts,
-    add_rows,
-    add_up,
-    choose_expert_compute,
-    project_and_score,
-)
-from malora_dist.methods import maths
+from malora_dist.kernels.columns import Columns
+from malora_dist.kernels.experts import ExpertWeights, Tokens, add_experts, add_rows, choose_expert_compute
+from malora_dist.kernels.project import project_and_score
+from malora_dist.methods.base import METHODS, Method
+from malora_dist.methods.reference import sum_over_experts
+from malora_dist.methods.routing import dense_gates, route
 from malora_dist.methods.spec import AdapterSpec
 
 T, N_IN, TOTAL = 12, 7, 12
@@ -29,12 +26,25 @@ T, N_IN, TOTAL = 12, 7, 12
 COLUMNS = {"whole": Columns(1, 0, TOTAL), "second half": Columns(1, 6, 6), "two groups": Columns(2, 1, 3)}
 
 
-def inputs(spec: AdapterSpec, width: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """A base output, z, router probabilities and expert parameters, all leaves."""
+#: The methods with a router that have a chain, one of each kind: with and without a down-projection after dispatch.
+CHAINED = [name for name, method in METHODS.items() if method.is_mixture() and method.chain is not None]
+
+
+def inputs(method: Method, width: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    """A base output, z, router logits and the parameters of the experts at hand, all leaves."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"y": (T, TOTAL), "z": (T, spec.parameter_shape("P", N_IN, width)[2]), "logits": (T, spec.num_experts)}
-    shapes |= {name: spec.parameter_shape(name, N_IN, width) for name in ("P", "B")}
+    shapes: dict[str, tuple[int, ...]] = {
+        "y": (T, TOTAL),
+        "z": (T, method.widths(N_IN, width)[method.sent]),
+        "logits": (T, method.num_experts),
+    }
+    experts = [name for name, param in method.parameters.items() if param.is_expert]
+    shapes |= {name: method.shape(name, N_IN, width) for name in experts}
     return {name: torch.randn(shape, dtype=dtype, generator=g).requires_grad_() for name, shape in shapes.items()}
+
+
+def malora(**fields: int) -> Method:
+    return AdapterSpec(**{"num_lora_experts": 4, "lora_rank": 4, "shared_dim": 4, **fields}).declared  # type: ignore[arg-type]
 
 
 def gradients(function: Callable[..., Tensor], given: dict[str, Tensor]) -> list[Tensor]:
@@ -45,11 +55,12 @@ def gradients(function: Callable[..., Tensor], given: dict[str, Tensor]) -> list
     return [output.detach(), *(tensor.grad for tensor in given.values())]  # type: ignore[misc]
 
 
-def plain(spec: AdapterSpec, columns: Columns) -> Callable[..., Tensor]:
-    def function(y: Tensor, z: Tensor, logits: Tensor, P: Tensor, B: Tensor) -> Tensor:
-        routing = maths.route(logits, spec.topk, True)
-        gates = maths.dense_gates(routing.gates_TK, routing.experts_TK, spec.num_experts)
-        delta = maths.expert_forward(spec, {"P": P, "B": B}, z, gates)
+def plain(method: Method, columns: Columns) -> Callable[..., Tensor]:
+    def function(y: Tensor, z: Tensor, logits: Tensor, **experts: Tensor) -> Tensor:
+        routing = route(logits, method.settings.topk, True)
+        gates = dense_gates(routing.gates_TK, routing.experts_TK, method.num_experts)
+        missing = {name: torch.empty(0) for name in method.parameters}  # act before dispatch
+        delta = method.scaling * sum_over_experts(method, missing | experts, z, gates)
         added = torch.zeros_like(y)
         columns.of(added).copy_(delta.view(columns.of(added).shape))
         return y + added
@@ -57,14 +68,16 @@ def plain(spec: AdapterSpec, columns: Columns) -> Callable[..., Tensor]:
     return function
 
 
-def fast(spec: AdapterSpec, columns: Columns, form: str) -> Callable[..., Tensor]:
-    def function(y: Tensor, z: Tensor, logits: Tensor, P: Tensor, B: Tensor) -> Tensor:
-        routing = maths.route(logits, spec.topk, True)
+def fast(method: Method, columns: Columns, form: str) -> Callable[..., Tensor]:
+    def function(y: Tensor, z: Tensor, logits: Tensor, **experts: Tensor) -> Tensor:
+        routing = route(logits, method.settings.topk, True)
         base = y * 1
-        result = add_experts(
-            form, base, z, routing.gates_TK.to(torch.promote_types(z.dtype, torch.float32)),
-            routing.experts_TK, P, [B], spec.scaling, columns,
-        )  # fmt: skip
+        chain = method.chain
+        assert chain is not None
+        tokens = Tokens(z, routing.gates_TK.to(torch.promote_types(z.dtype, torch.float32)), routing.experts_TK)
+        down = None if chain.down is None else experts[chain.down]
+        weights = ExpertWeights(down, [experts[chain.up]], 1, method.scaling)
+        result = add_experts(form, base, columns, tokens, weights)
         assert result.data_ptr() == base.data_ptr(), "added in place"
         return result
 
@@ -73,11 +86,12 @@ def fast(spec: AdapterSpec, columns: Columns, form: str) -> Callable[..., Tensor
 
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("topk", [1, 2, 5])
-@pytest.mark.parametrize("form", ["gated_block", "grouped", "auto"])
-def test_value_and_every_gradient(form: str, topk: int, columns: str) -> None:
-    spec = AdapterSpec(num_lora_experts=5, topk=topk, lora_rank=3, shared_dim=4, rank_expansion=1.0)
+@pytest.mark.parametrize("form", ["gated_block", "grouped"])
+@pytest.mark.parametrize("name", CHAINED)
+def test_value_and_every_gradient(name: str, form: str, topk: int, columns: str) -> None:
+    spec = AdapterSpec(method=name, num_lora_experts=5, topk=topk, lora_rank=3, shared_dim=4).declared
     where = COLUMNS[columns]
-    width = where.groups * where.width
+    width = where.blocks * where.width
     expected = gradients(plain(spec, where), inputs(spec, width))
     got = gradients(fast(spec, where, form), inputs(spec, width))
     for want, have in zip(expected, got, strict=True):
@@ -88,7 +102,7 @@ def test_value_and_every_gradient(form: str, topk: int, columns: str) -> None:
 @pytest.mark.parametrize("form", ["gated_block", "grouped"])
 def test_in_the_dtypes_of_training(form: str, dtype: torch.dtype, rtol: float) -> None:
     """Adapters stay float32; ranks and widths that grouped_mm would refuse are padded."""
-    spec = AdapterSpec(num_lora_experts=5, lora_rank=3, shared_dim=5, rank_expansion=1.0)
+    spec = malora(num_lora_experts=5, lora_rank=3, shared_dim=5)
     width = 16
     results = []
     for function, kind in ((plain(spec, Columns(1, 0, width)), torch.float64), (None, dtype)):
@@ -112,13 +126,9 @@ def test_an_expert_without_tokens_and_no_tokens_at_all(form: str) -> None:
         y = add_experts(
             form,
             torch.zeros(rows, 8),
-            torch.randn(rows, 3),
-            torch.ones(rows, 1),
-            experts,
-            P,
-            [B],
-            1.0,
             Columns(1, 0, 8),
+            Tokens(torch.randn(rows, 3), torch.ones(rows, 1), experts),
+            ExpertWeights(P, [B], 1, 1.0),
         )
         y.sum().backward()
         for parameter in (P, B):
@@ -127,17 +137,20 @@ def test_an_expert_without_tokens_and_no_tokens_at_all(form: str) -> None:
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_add_up(columns: str) -> None:
+def test_without_a_router(columns: str) -> None:
     where = COLUMNS[columns]
-    width = where.groups * where.width
+    width = where.blocks * where.width
     g = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=torch.float64, generator=g).requires_grad_()
 
+    def add_up(y: Tensor, z: Tensor, B: Tensor) -> Tensor:
+        return add_experts("auto", y, where, Tokens(z, None, None), ExpertWeights(None, [B], 1, 0.5))
+
     y, z, B = leaf(T, TOTAL), leaf(T, 3), leaf(width, 3)
-    assert torch.autograd.gradcheck(lambda y, z, B: add_up(y * 1, z, B, 0.5, where), (y, z, B))
-    delta = add_up(torch.zeros(T, TOTAL, dtype=torch.float64), z, B, 0.5, where)
+    assert torch.autograd.gradcheck(lambda y, z, B: add_up(y * 1, z, B), (y, z, B))
+    delta = add_up(torch.zeros(T, TOTAL, dtype=torch.float64), z, B)
     torch.testing.assert_close(where.of(delta.detach()).flatten(1), (0.5 * z @ B.T).detach())
 
 
@@ -146,7 +159,7 @@ def test_add_rows(columns: str) -> None:
     """Several rows of one token, none of another."""
     where = COLUMNS[columns]
     y = torch.randn(4, TOTAL, dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(5, where.groups * where.width, dtype=torch.float64, requires_grad=True)
+    rows = torch.randn(5, where.blocks * where.width, dtype=torch.float64, requires_grad=True)
     tokens = torch.tensor([0, 3, 3, 1, 0])
     assert torch.autograd.gradcheck(lambda y, rows: add_rows(y * 1, rows, tokens, where), (y, rows))
     delta = add_rows(torch.zeros(4, TOTAL, dtype=torch.float64), rows.detach(), tokens, where)
@@ -207,7 +220,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("form", ["gated_block", "grouped"])
 def test_nothing_is_read_on_the_host(form: str) -> None:
     """On CUDA these operators would wait for the GPU; forward and backward do without them."""
-    spec = AdapterSpec(num_lora_experts=4, lora_rank=4, shared_dim=4, rank_expansion=1.0)
+    spec = malora()
     given = inputs(spec, 16, torch.float32)
     given["y"] = torch.zeros(T, 16, requires_grad=True)
     x, down, router = torch.randn(T, 8), torch.randn(4, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
@@ -223,10 +236,10 @@ def test_nothing_is_read_on_the_host(form: str) -> None:
 @pytest.mark.parametrize("form", ["gated_block", "grouped"])
 def test_autograd_keeps_z_gates_and_numbers_only(form: str) -> None:
     """Nothing as wide as x or y, and nothing N * r' wide, per token."""
-    spec = AdapterSpec(num_lora_experts=8, lora_rank=4, shared_dim=4, rank_expansion=1.0)
+    spec = malora(num_lora_experts=8)
     tokens, width = 1000, 64
     x = torch.randn(tokens, 32)
-    params = {name: torch.randn(spec.parameter_shape(name, 32, width), requires_grad=True) for name in ("S", "P", "B")}
+    params = {name: torch.randn(spec.shape(name, 32, width), requires_grad=True) for name in ("S", "P", "B")}
     router = torch.randn(8, 32, requires_grad=True)
     kept: dict[int, Tensor] = {}
 
@@ -236,10 +249,14 @@ def test_autograd_keeps_z_gates_and_numbers_only(form: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         z, logits = project_and_score(x, params["S"], router)
-        routing = maths.route(logits, 2, True)
+        routing = route(logits, 2, True)
         y = torch.zeros(tokens, width)
         add_experts(
-            form, y, z, routing.gates_TK, routing.experts_TK, params["P"], [params["B"]], 1.0, Columns(1, 0, width)
+            form,
+            y,
+            Columns(1, 0, width),
+            Tokens(z, routing.gates_TK, routing.experts_TK),
+            ExpertWeights(params["P"], [params["B"]], 1, 1.0),
         )
     del kept[x.untyped_storage().data_ptr()]  # the linear's own input, not a copy
     per_token = sorted(t.numel() // tokens for t in kept.values() if t.shape[:1] == (tokens,))
@@ -259,9 +276,10 @@ def test_torch_compile_traces_it_whole(form: str, dtype: torch.dtype) -> None:
 
     def layer(x: Tensor, weight: Tensor, down: Tensor, router: Tensor, P: Tensor, B: Tensor) -> Tensor:
         z, logits = project_and_score(x, down, router)
-        routing = maths.route(logits, 2, True)
+        routing = route(logits, 2, True)
         y = torch.nn.functional.linear(x, weight)
-        return add_experts(form, y, z, routing.gates_TK, routing.experts_TK, P, [B], 1.0, Columns(1, 0, 16))
+        tokens = Tokens(z, routing.gates_TK, routing.experts_TK)
+        return add_experts(form, y, Columns(1, 0, 16), tokens, ExpertWeights(P, [B], 1, 1.0))
 
     results = []
     for function in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
@@ -279,11 +297,11 @@ def test_torch_compile_traces_it_whole(form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("form", ["gated_block", "grouped"])
 def test_adjacent_projections_together(form: str) -> None:
     """As one after the other; kept for backward are their own B, not a copy side by side."""
-    spec = AdapterSpec(num_lora_experts=4, lora_rank=2, shared_dim=3, rank_expansion=1.0)
+    spec = malora(lora_rank=2, shared_dim=3)
     given = inputs(spec, 4)
     B2 = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
-    routing = maths.route(given["logits"].detach(), 2, True)
-    before = routing.gates_TK, routing.experts_TK, given["P"]
+    routing = route(given["logits"].detach(), 2, True)
+    tokens = Tokens(given["z"], routing.gates_TK, routing.experts_TK)
     apart = [([given["B"]], Columns(2, 0, 2)), ([B2], Columns(2, 2, 1))]  # two groups of [2 | 1 | 3 columns of others]
     together = [([given["B"], B2], Columns(2, 0, 3))]
     leaves, results, kept = [given["z"], given["P"], given["B"], B2], [], set()
@@ -297,7 +315,7 @@ def test_adjacent_projections_together(form: str) -> None:
         y = given["y"] * 1
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             for ups, columns in calls:
-                y = add_experts(form, y, given["z"], *before, ups, spec.scaling, columns, 2)
+                y = add_experts(form, y, columns, tokens, ExpertWeights(given["P"], ups, 2, spec.scaling))
         results.append([y.detach(), *torch.autograd.grad(y.cos().sum(), leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
@@ -306,6 +324,6 @@ def test_adjacent_projections_together(form: str) -> None:
 
 
 def test_an_unknown_form_is_no_form() -> None:
-    spec = AdapterSpec(num_lora_experts=4, lora_rank=2, shared_dim=3)
+    spec = malora(lora_rank=2, shared_dim=3)
     with pytest.raises(KeyError, match="gated"):
         gradients(fast(spec, COLUMNS["whole"], "gated"), inputs(spec, TOTAL))

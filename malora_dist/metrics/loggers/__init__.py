@@ -1,0 +1,1 @@
+"""Where a run's figures go: one file for each logger; base.py has what they share."""

@@ -1,0 +1,92 @@
+"""What is done between the steps of a run, and when; the trainer itself is in tests/test_resume.py and others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from malora_dist.config import Config
+from malora_dist.metrics.loggers.base import Metrics
+from malora_dist.training.callbacks import Evaluate, Log, Periodic, Save, Step
+from malora_dist.training.evaluation import TaskLosses
+
+
+class Noting:
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.logged: list[tuple[int, Metrics]] = []
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        self.logged.append((step, metrics))
+
+    def close(self) -> None: ...
+
+
+def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
+    losses = TaskLosses({"add": float(iteration)}, float(iteration))
+    return Step(iteration, losses, grad_norm=2.0, learning_rate=1e-3, tokens=tokens, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("interval", "last", "due"), [(2, 5, [2, 4, 5]), (0, 5, [5]), (1, 3, [1, 2, 3]), (9, 4, [4]), (2, 4, [2, 4])]
+)
+def test_when_something_is_due(interval: int, last: int, due: list[int]) -> None:
+    periodic = Periodic(interval, last)
+    assert [i for i in range(1, last + 1) if periodic.is_due(i)] == due
+
+
+def test_a_run_ends_at_exit_interval() -> None:
+    assert Config(train_iters=9).last_iteration == 9
+    assert Config(train_iters=9, exit_interval=4).last_iteration == 4
+    assert Config(train_iters=9, exit_interval=40).last_iteration == 9
+
+
+def test_log() -> None:
+    """Times are means since the last report, losses and norm the step's own; a step to report is recorded."""
+    logger = Noting()
+    log = Log(Config(log_interval=2, train_iters=3), logger, lambda: Metrics({"malora/balance": 1.0}, {"c": [1.0]}))
+    for i, (tokens, seconds) in enumerate([(100, 0.5), (300, 1.5), (80, 0.1)], start=1):
+        assert log.wants_record(i) == (i > 1)
+        log.after_step(step(i, tokens, seconds))
+    (first, metrics), (second, rest) = logger.logged
+    assert (first, second) == (2, 3)
+    assert metrics == Metrics(
+        {
+            "malora/balance": 1.0, "lm loss": 2.0, "lm loss/add": 2.0, "learning-rate": 1e-3, "grad-norm": 2.0,
+            "throughput": 200.0, "iteration-time": 1.0,
+        },
+        {"c": [1.0]},
+    )  # fmt: skip
+    assert (rest.scalars["throughput"], rest.scalars["iteration-time"]) == (pytest.approx(800), pytest.approx(0.1))
+    assert logger.messages == []
+
+
+def test_evaluate() -> None:
+    logger, config = Noting(), Config(eval_interval=2, train_iters=3)
+    evaluate = Evaluate(config, logger, lambda: TaskLosses({"add": 1.0, "sub": 3.0}, 2.5))
+    for i in (1, 2, 3):
+        assert not evaluate.wants_record(i)
+        evaluate.after_step(step(i))
+    expected = Metrics({"lm loss validation": 2.5, "lm loss validation/add": 1.0, "lm loss validation/sub": 3.0})
+    assert logger.logged == [(2, expected), (3, expected)]
+    Evaluate(config, logger, lambda: TaskLosses({}, float("nan"))).after_step(step(2))
+    assert len(logger.logged) == 2, "nothing to report without a validation split"
+
+
+def test_save() -> None:
+    logger, saved = Noting(), []
+
+    def save() -> Path:
+        saved.append(len(saved))
+        return Path(f"run/{len(saved)}")
+
+    callback = Save(Config(save_interval=2, train_iters=3), logger, save)
+    for i in (1, 2, 3):
+        callback.after_step(step(i))
+    assert logger.messages == ["saved run/1", "saved run/2"]
