@@ -18,7 +18,7 @@ from malora_dist.config import SECTIONS, TaskConfig
 from malora_dist.config_file import load_config
 from malora_dist.data.formats import load_examples
 from malora_dist.fields import rules_of
-from malora_dist.methods.base import METHODS as METHODS_IN_CODE
+from malora_dist.methods.base import METHODS
 from malora_dist.methods.spec import AdapterSpec
 from tests.layouts import LAYOUTS, label
 
@@ -75,7 +75,7 @@ def test_keys_in_the_readme_have_the_defaults_it_gives() -> None:
 
 def test_defaults_in_words_are_those_of_the_methods() -> None:
     """lora_rank is 12 for MALoRA and the ablations made of it, 8 for all others."""
-    ranks = {method: AdapterSpec(method=method).lora_rank for method in METHODS_IN_CODE}
+    ranks = {method: AdapterSpec(method=method).lora_rank for method in METHODS}
     assert {method for method, rank in ranks.items() if rank == 12} == {"malora", "malora_b", "malora_unshared"}
     assert {rank for rank in ranks.values() if rank != 12} == {8}
     assert all(AdapterSpec(method=method).lora_alpha == 2.0 * ranks[method] for method in ranks)
@@ -84,7 +84,7 @@ def test_defaults_in_words_are_those_of_the_methods() -> None:
 def test_every_method_has_a_row_in_the_readme_and_in_the_page_of_methods() -> None:
     for page in (README, ROOT / "docs" / "methods.md"):
         text = page.read_text(encoding="utf-8")
-        assert [method for method in METHODS_IN_CODE if f"`{method}`" not in text] == [], page.name
+        assert [method for method in METHODS if f"`{method}`" not in text] == [], page.name
 
 
 def test_every_config_is_listed() -> None:

@@ -12,9 +12,12 @@ from malora_dist.config import Config
 from malora_dist.config_file import load_config
 from malora_dist.families.base import projection_widths
 from malora_dist.families.shapes import base_parameters, released_config
-from malora_dist.methods.budget import trained_share
+from malora_dist.methods.budget import total, trained_share
+from malora_dist.methods.spec import AdapterSpec
 
-FOLDER = Path(__file__).resolve().parents[1] / "configs" / "paper"
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+FOLDER = ROOT / "configs" / "paper"
 #: Files that others include.
 PARTS = {"common", "inter_domain", "intra_domain"}
 LLAMA2 = released_config("llama2-7b")
@@ -107,6 +110,21 @@ def test_the_training_is_the_papers(setting: str, name: str) -> None:
     assert len(config.data) == expected.tasks
     assert all(task.path.startswith("data/") for task in config.data)
     assert config.save == f"runs/paper/{setting}/{name}"
+
+
+def test_sizes_in_the_readme_are_those_of_the_formula() -> None:
+    """Cells such as "r 12: 158.9 M" or "r 8, d 22: 109.1 M" in the rows of the methods."""
+    targets = load("inter_domain", "malora").target_modules
+    rows = re.findall(r"^\| `(\w+)` .* \| (r \d.*) \|$", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [method for method, _ in rows] == [
+        "lora", "asymmetric_lora", "dora", "molora", "mo_asymmetric_lora", "malora",
+    ]  # fmt: skip
+    for method, cell in rows:
+        for rank, shared_dim, millions in re.findall(r"r (\d+)(?:, d (\d+))?: ([\d.]+) M", cell):
+            spec = AdapterSpec(method=method, lora_rank=int(rank), target_modules=targets)
+            spec.shared_dim = int(shared_dim or spec.shared_dim)
+            count = total(spec, projection_widths(LLAMA2), LLAMA2.num_hidden_layers)
+            assert f"{count / 1e6:.1f}" == millions, (method, cell)
 
 
 def test_every_sample_is_seen_as_often_as_every_other() -> None:

@@ -23,11 +23,10 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig
 
 from malora_dist.config_file import load_config
 from malora_dist.errors import ConfigError, exit_on_user_error
-from malora_dist.families.base import family_of, projection_widths
+from malora_dist.families.base import DecoderConfig, family_of, projection_widths
 from malora_dist.families.shapes import SHAPES, base_parameters, released_config
 from malora_dist.methods.base import METHODS
 from malora_dist.methods.budget import rank_rule
@@ -129,7 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_model(args: argparse.Namespace) -> tuple[str, LlamaConfig]:
+def _read_model(args: argparse.Namespace) -> tuple[str, DecoderConfig]:
     if args.hf_model is None:
         return args.shape, released_config(args.shape)
     directory = args.hf_model.parent if args.hf_model.name == "config.json" else args.hf_model

@@ -55,7 +55,7 @@ keys of the including file replace those of the included one, a list such as `da
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    """A field's default as YAML would have it, or in words where it depends on other keys."""
+    """A field's default as YAML would have it; in words where it depends on other keys."""
     if field.default is None:
         return DEPENDENT_DEFAULTS[field.name]
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

@@ -37,12 +37,8 @@ class AdapterSpec:
         choices=(*PROJECTIONS, *MEGATRON_LINEARS),
         required=True,
     )
-    lora_rank: int | None = key(
-        None, "r, rank of one expert, PEFT's `r`; default: 12 for malora, 8 for the others", minimum=1
-    )
-    lora_alpha: float | None = key(
-        None, "numerator of the scaling s = lora_alpha / lora_rank; default: 2 * lora_rank", above=0
-    )
+    lora_rank: int | None = key(None, "r, rank of one expert, PEFT's `r`; by default the method's", minimum=1)
+    lora_alpha: float | None = key(None, "numerator of the scaling s = lora_alpha / lora_rank", above=0)
     use_rslora: bool = key(False, "s = lora_alpha / sqrt(lora_rank) instead (rsLoRA)")
     lora_dropout: float = key(
         0.0,
