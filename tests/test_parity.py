@@ -79,7 +79,9 @@ class Bench:
         return llama, base
 
     def settings(self, layers: int, *more: str) -> list[str]:
-        return overrides(self.base(layers)[1], self._task_files, *more)
+        """Eight samples a step, or as many as the four interleaved stages of the eight-layer model want."""
+        batch = f"global_batch_size={16 if layers == 8 else 8}"
+        return overrides(self.base(layers)[1], self._task_files, batch, *more)
 
     def reference(self, layers: int, *adapter: str, steps: int = STEPS) -> tuple[int, Record]:
         """(seed, record) of the oracle: the first seed with which no token sits near a routing tie."""
