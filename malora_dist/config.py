@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
-from malora_dist.fields import key
+from malora_dist.fields import check_fields, key
 from malora_dist.methods.spec import AdapterSpec
 
 _OFF_AT_0 = "set 0 to switch it off"
@@ -199,6 +199,7 @@ class Config(AdapterSpec, ModelConfig, ParallelConfig, DataConfig, TrainConfig):
         Raises:
             ConfigError: the first violated rule.
         """
+        check_fields(self)
         self.validate_adapter()
         _check_processes(self, world_size)
         _check_experts(self)

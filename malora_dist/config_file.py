@@ -31,6 +31,13 @@ _TYPES = {
 }
 
 
+#: Keys of earlier versions: {name: what to write instead}.
+_RETIRED = {
+    "rank_expansion": "an expert's rank is lora_rank itself: write lora_rank=round(rank_expansion * lora_rank) and "
+    "shared_dim, beta only scales the start"
+}
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply ``key=value`` overrides; ``data[1].weight=2`` reaches into the tasks.
 
@@ -56,8 +63,12 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return loaded
 
 
-def _read_yaml(file: Path) -> dict[Any, Any]:
-    """The top level of a YAML file, ``${...}`` unresolved."""
+def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
+    """The top level of a YAML file, on top of that of the file it may ``include``; ``${...}`` unresolved.
+
+    Args:
+        includers: the files whose ``include`` led here.
+    """
     if not file.is_file():
         raise ConfigError("--config", str(file), "is not a file", "name a YAML file, for example one of configs/")
     try:
@@ -75,7 +86,15 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
         raise ConfigError("--config", str(file), rule, "name a text file of `key: value` lines") from error
     if not isinstance(loaded, dict):
         raise ConfigError("--config", str(file), "holds a list", "write `key: value` lines")
-    return loaded
+    if "include" not in loaded:
+        return loaded
+    included = file.parent / str(loaded.pop("include"))
+    if not included.is_file():
+        raise ConfigError("include", str(included), f"is not a file, but {file} names it", "write it relative to there")
+    chain = (*includers, file.resolve())
+    if included.resolve() in chain:
+        raise ConfigError("include", str(included), "leads back to itself", f"take it out of {file}")
+    return _read_yaml(included, chain) | loaded
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -109,6 +128,8 @@ def _find_field(config: DictConfig, key: str, value: Any) -> dataclasses.Field[A
     match = _TASK_KEY.fullmatch(key)
     fields = {f.name: f for f in dataclasses.fields(TaskConfig if match else Config)}
     name = match["name"] if match else key
+    if key in _RETIRED:
+        raise ConfigError(key, value, "is no config key any more", _RETIRED[key])
     if name not in fields:
         close = difflib.get_close_matches(name, fields, n=1)
         cure = f"did you mean {close[0]}?" if close else "docs/config.md lists them all"

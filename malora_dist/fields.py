@@ -88,16 +88,17 @@ def rules_of(config_class: type, name: str) -> Rules:
     return found.metadata.get("rules", Rules())
 
 
-def check_fields(config: Any, prefix: str = "") -> None:
+def check_fields(config: Any, prefix: str = "", of: type | None = None) -> None:
     """Check every field of a dataclass instance by its rules, and so on inside a list of dataclasses.
 
     Args:
         prefix: put before the keys in errors, ``data[0].`` for the fields of the first task.
+        of: a class that it inherits from, whose fields are checked alone.
 
     Raises:
         ConfigError: the first value that breaks its field's rules, or a number that is not finite.
     """
-    for f in dataclasses.fields(config):
+    for f in dataclasses.fields(of or config):
         _check_value(prefix + f.name, getattr(config, f.name), rules_of(type(config), f.name))
 
 

@@ -62,10 +62,10 @@ LAYOUTS = (
     Layout("DP 2",                    2,                                methods=SINGLE),
     Layout("EP 2",                    2,                    ep=2,       methods=MIXTURES),
     Layout("EP 4",                    4,                    ep=4,       methods=MIXTURES),
-    Layout("DP 4, EP 2",              4,                    ep=2,       methods=("malora",)),
+    Layout("DP 4, EP 2",              4,                    ep=2,       methods=MIXTURES),
     Layout("TP 2",                    2, tp=2),
     Layout("TP 2, EP 2",              4, tp=2,              ep=2,       methods=MIXTURES),
-    Layout("TP 2, DP 2",              4, tp=2,                          methods=("lora",)),
+    Layout("TP 2, DP 2",              4, tp=2,                          methods=SINGLE),
     Layout("PP 2",                    2,       pp=2),
     Layout("PP 2 uneven",             2,       pp=2,              layers=3, stages=(2, 1)),
     Layout("PP 2 interleaved",        2,       pp=2, chunks=2,    layers=4),
@@ -73,7 +73,7 @@ LAYOUTS = (
     Layout("TP 2, PP 2",              4, tp=2, pp=2),
     Layout("TP 2, PP 2, DP 2",        8, tp=2, pp=2,                    methods=SINGLE),
     Layout("TP 2, PP 2, EP 2",        8, tp=2, pp=2,        ep=2,       methods=MIXTURES),
-    Layout("PP 4 interleaved, EP 2",  8,       pp=4, chunks=2, ep=2, layers=8, methods=("malora",)),
+    Layout("PP 4 interleaved, EP 2",  8,       pp=4, chunks=2, ep=2, layers=8, methods=MIXTURES),
 )
 # fmt: on
 
@@ -82,3 +82,18 @@ def find(name: str) -> Layout:
     """The layout of that name."""
     (layout,) = (layout for layout in LAYOUTS if layout.name == name)
     return layout
+
+
+def label(methods: tuple[str, ...]) -> str:
+    """How docs/layouts.md calls the methods of a row."""
+    return {METHODS: "all seven", SINGLE: "without a router", MIXTURES: "with a router"}[methods]
+
+
+def dispatches(layout: Layout, method: str) -> tuple[str, ...]:
+    """With which exchanges a row runs a method: both on EP 2, elsewhere MALoRA both and the others by turns."""
+    if layout.ep == 1:
+        return ("auto",)
+    both = ("all_to_all", "gather_experts")
+    if layout.name == "EP 2" or (method == "malora" and layout.processes < 8):
+        return both
+    return (both[(MIXTURES.index(method) + LAYOUTS.index(layout)) % 2],)

@@ -61,7 +61,7 @@ def test_resume(
     first: list[str], second: list[str], workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
 ) -> None:
     """As it was bit by bit, on another layout or with the other optimizer within rounding."""
-    settings = overrides(base_dir, task_files, "train_iters=4", "eval_iters=0", "log_interval=1")
+    settings = overrides(base_dir, task_files, "train_iters=4", "eval_iters=0")
 
     def run(how: list[str], *more: str) -> list[tuple[int, float]]:
         world_size, parallel = (LAYOUTS | {"one process": (1, [])})[how[-1]]

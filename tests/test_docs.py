@@ -18,7 +18,9 @@ from malora_dist.config import SECTIONS, TaskConfig
 from malora_dist.config_file import load_config
 from malora_dist.data.formats import load_examples
 from malora_dist.fields import rules_of
-from tests.layouts import LAYOUTS, METHODS
+from malora_dist.methods.base import METHODS
+from malora_dist.methods.spec import AdapterSpec
+from tests.layouts import LAYOUTS, label
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -49,7 +51,7 @@ def commands() -> Iterator[tuple[str, list[str]]]:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
                 yield page.name, shlex.split(line, comments=True)
-    for file in sorted((ROOT / "configs").glob("*.yaml")):
+    for file in sorted((ROOT / "configs").rglob("*.yaml")):
         lines = re.findall(r"^#   (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
         for line in "\n".join(lines).replace("\\\n", " ").splitlines():
             yield file.name, shlex.split(line)
@@ -69,6 +71,20 @@ def test_keys_in_the_readme_have_the_defaults_it_gives() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 10, "the README's table of keys was not found"
     assert {key: default for key, default in rows if defaults.get(key) != default} == {}
+
+
+def test_defaults_in_words_are_those_of_the_methods() -> None:
+    """lora_rank is 12 for MALoRA and the ablations made of it, 8 for all others."""
+    ranks = {method: AdapterSpec(method=method).lora_rank for method in METHODS}
+    assert {method for method, rank in ranks.items() if rank == 12} == {"malora", "malora_b", "malora_unshared"}
+    assert {rank for rank in ranks.values() if rank != 12} == {8}
+    assert all(AdapterSpec(method=method).lora_alpha == 2.0 * ranks[method] for method in ranks)
+
+
+def test_every_method_has_a_row_in_the_readme_and_in_the_page_of_methods() -> None:
+    for page in (README, ROOT / "docs" / "methods.md"):
+        text = page.read_text(encoding="utf-8")
+        assert [method for method in METHODS if f"`{method}`" not in text] == [], page.name
 
 
 def test_every_config_is_listed() -> None:
@@ -100,7 +116,7 @@ def test_files_named_in_the_text_exist(page: Path) -> None:
 def test_commands_name_what_exists(where: str, words: list[str]) -> None:
     for word in words:
         if re.match(r"(launch|tools|configs|tests)/", word):
-            assert (ROOT / word.partition("::")[0]).exists(), f"{where}: {word}"
+            assert list(ROOT.glob(word.partition("::")[0])), f"{where}: {word}"
     if "-m" in words:
         module = words[words.index("-m") + 1]
         if module.startswith("malora_dist"):
@@ -125,6 +141,14 @@ def test_conversion_commands_parse() -> None:
     parser = tool("convert_hf").build_parser()
     found = [_after(words, "tools/convert_hf.py") for _, words in COMMANDS if "tools/convert_hf.py" in words]
     assert {words[0] for words in found} == {"import", "export", "export-adapter", "import-adapter", "roundtrip"}
+    for words in found:
+        parser.parse_args(words)
+
+
+def test_budget_commands_parse() -> None:
+    parser = tool("budget").build_parser()
+    found = [_after(words, "tools/budget.py") for _, words in COMMANDS if "tools/budget.py" in words]
+    assert len(found) >= 3
     for words in found:
         parser.parse_args(words)
 
@@ -195,7 +219,7 @@ def test_the_table_of_layouts_is_that_of_the_tests() -> None:
             *map(str, (layout.processes, layout.tp, layout.pp)),
             "/".join(map(str, layout.stages)) or str(layout.chunks),
             *map(str, (layout.dp, layout.ep)),
-            "all four" if layout.methods == METHODS else ", ".join(layout.methods),
+            label(layout.methods),
         ]
         for layout in LAYOUTS
     ]

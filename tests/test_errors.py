@@ -62,6 +62,12 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("world_size", "overrides", "expected"),
     [
         (1, ["lora_rnk=4"], "lora_rnk=4: is not a config key; did you mean lora_rank?"),
+        (
+            1,
+            ["rank_expansion=1.25"],
+            "rank_expansion=1.25: is no config key any more; an expert's rank is lora_rank itself: write "
+            "lora_rank=round(rank_expansion * lora_rank) and shared_dim, beta only scales the start",
+        ),
         (1, ["sparkle=4"], "sparkle=4: is not a config key; docs/config.md lists them all"),
         (
             1,

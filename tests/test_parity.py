@@ -4,7 +4,7 @@ All runs are float32. Tolerances: the layouts sum the same float32 numbers in an
 the few thousand terms of these tiny models that moves a tensor by some 1e-6 to 1e-5 of its largest
 entry. A wrong mark or a lost reduction moves it by factors between 0.2 and 2.2, four orders above
 the bar of 1e-4. What Adam makes of a step's rounding enters the next step: seen on eight layers, the
-largest difference doubles or more per step, from 6e-6 to 2e-4 in four, so the bar doubles in the fourth and again.
+largest difference doubles or more per step, from 6e-6 to 2e-4 in four, hence three steps.
 adam_eps is 1e-3, because Adam with a small epsilon turns the rounding of near-zero
 gradients into full steps. Routing is the same only if no token sits on a tie, so every test checks
 the margin.
@@ -30,11 +30,11 @@ from malora_dist.data.dataset import load_tasks
 from malora_dist.data.schedule import SampleSchedule
 from malora_dist.methods.base import METHODS as REGISTERED
 from tests.conftest import write_llama
-from tests.layouts import LAYOUTS, METHODS, Layout, find
+from tests.layouts import LAYOUTS, METHODS, Layout, dispatches, find
 from tests.oracle import OracleRun, Record
 from tests.workers import WorkerPool
 
-STEPS = 5
+STEPS = 3
 RTOL = 1e-4
 TIE_MARGIN = 1e-6
 ABLATIONS = [name for name, method in REGISTERED.items() if method.is_ablation]
@@ -79,7 +79,9 @@ class Bench:
         return llama, base
 
     def settings(self, layers: int, *more: str) -> list[str]:
-        return overrides(self.base(layers)[1], self._task_files, *more)
+        """Eight samples a step, or as many as the four interleaved stages of the eight-layer model want."""
+        batch = f"global_batch_size={16 if layers == 8 else 8}"
+        return overrides(self.base(layers)[1], self._task_files, batch, *more)
 
     def reference(self, layers: int, *adapter: str, steps: int = STEPS) -> tuple[int, Record]:
         """(seed, record) of the oracle: the first seed with which no token sits near a routing tie."""
@@ -153,11 +155,6 @@ def assemble(results: list[dict[str, Any]], pick: Any) -> dict[str, Tensor]:
     return full
 
 
-def bar(step: int) -> float:
-    """Of a gradient in the step (from 0), relative to its largest entry."""
-    return RTOL * max(1, 2 ** (step - 2))
-
-
 def close(name: str, got: Tensor, expected: Tensor, rtol: float = RTOL) -> None:
     """Within ``rtol`` of the tensor's largest entry."""
     scale = expected.abs().max().clamp(min=1e-6)
@@ -173,7 +170,7 @@ def compare_without_input(results: list[dict[str, Any]], expected: Record) -> No
         got = assemble(results, lambda r, step=step: r["grads"][step])
         assert set(got) == set(grads)
         for key, grad in grads.items():
-            close(f"step {step}, gradient of {key}", got[key], grad, bar(step))
+            close(f"step {step}, gradient of {key}", got[key], grad)
     got = assemble(results, lambda r: r["parameters"])
     assert set(got) == set(expected.parameters)
     for key, parameter in expected.parameters.items():
@@ -227,15 +224,7 @@ def compare_input_gradients(results: list[dict[str, Any]], expected: Record) -> 
             # Interleaved stages pad the microbatches of a step to one length.
             assert not got[:, grad.shape[1] :].any()
             got = got[:, : grad.shape[1]]
-            close(f"step {step}, input gradient of microbatch {index}", got, grad, bar(step))
-
-
-def dispatches(layout: Layout, method: str) -> tuple[str, ...]:
-    """Both where experts are sharded, except on eight processes, where the methods share them."""
-    if layout.ep == 1:
-        return ("auto",)
-    both = ("all_to_all", "gather_experts")
-    return both if layout.processes < 8 else (both[method == "malora"],)
+            close(f"step {step}, input gradient of microbatch {index}", got, grad)
 
 
 def travelling(layout: str) -> str:
@@ -323,11 +312,11 @@ def test_top_1(layout: str, method: str, bench: Bench) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("layout", "dispatch"), [("1 process", "auto"), ("TP 2, EP 2", "auto"), ("EP 2", "all_to_all"), ("PP 2", "auto")]
+    ("layout", "dispatch"), [("1 process", "auto"), ("TP 2, EP 2", "auto"), ("EP 2", "all_to_all")]
 )
 def test_fused_projections(layout: str, dispatch: str, method: str, bench: Bench) -> None:
     extra = [f"dispatch={dispatch}"]
-    compare(*bench.run(find(layout).of(method), f"method={method}", "fuse_projections=true", extra=extra, steps=3))
+    compare(*bench.run(find(layout).of(method), f"method={method}", "fuse_projections=true", extra=extra, steps=2))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +361,7 @@ def test_recompute_with_few_adapters(kind: str, targets: str, bench: Bench) -> N
     compare_without_input(*bench.run(find("1 process"), *settings, extra=RECOMPUTE[kind], steps=1, keep_inputs=False))
 
 
-@pytest.mark.parametrize("method", ["lora", "molora", "malora"])
+@pytest.mark.parametrize("method", ["lora", "dora", "molora", "malora"])
 @pytest.mark.parametrize("layout", ["1 process", "TP 2, EP 2", "PP 2"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_dropout(recompute: str, layout: str, method: str, bench: Bench) -> None:
@@ -381,7 +370,8 @@ def test_dropout(recompute: str, layout: str, method: str, bench: Bench) -> None
     So every token saw one mask per adapter, whatever TP rank worked on it, also when recomputed.
     """
     settings = [f"method={method}", "lora_dropout=0.25"]
-    extra = [f"recompute_granularity={recompute}", f"dispatch={travelling(layout) if method != 'lora' else 'auto'}"]
+    dispatch = travelling(layout) if REGISTERED[method].is_mixture() else "auto"
+    extra = [f"recompute_granularity={recompute}", f"dispatch={dispatch}"]
     results, expected = bench.run_with_dropout(find(layout).of(method), *settings, extra=extra, steps=1)
     assert any((mask == 0).any() for result in results for _, _, mask in result["masks"])
     compare_without_input(results, expected)

@@ -39,7 +39,7 @@ def test_resume_is_bit_identical(
     world_size, parallel = LAYOUTS[layout]
     settings = overrides(
         base_dir, task_files, *parallel, f"method={method}", f"freeze={freeze}", "lora_dropout=0.1", "train_iters=5",
-        "eval_iters=2", "lr_decay_style=cosine", "lr_warmup_iters=2", "log_interval=1",
+        "eval_iters=2", "lr_decay_style=cosine", "lr_warmup_iters=2",
     )  # fmt: skip
     whole = workers.run("train_with_cli", world_size, overrides=[*settings, f"save={tmp_path / 'whole'}"])
     save = f"save={tmp_path / 'parts'}"
@@ -74,7 +74,7 @@ def test_resume_on_another_layout(
     base = deep_base if "interleaved" in before + after else base_dir
     settings = overrides(
         base, task_files, f"method={method}", f"fuse_projections={fused}", "train_iters=5", "eval_iters=0",
-        "log_interval=1", "adam_eps=1e-8",
+        "adam_eps=1e-8",
     )  # fmt: skip
     first, second = find(before), find(after)
     run = partial(workers.run, "train_with_cli")
@@ -97,7 +97,7 @@ def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_adam_state_matters(workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path) -> None:
     """The tolerance of the test above notices a resume with Adam's state gone."""
-    settings = overrides(base_dir, task_files, "train_iters=5", "eval_iters=0", "log_interval=1", "adam_eps=1e-8")
+    settings = overrides(base_dir, task_files, "train_iters=5", "eval_iters=0", "adam_eps=1e-8")
     whole = workers.run("train_with_cli", 1, overrides=settings)[0]
     workers.run("train_with_cli", 1, overrides=[*settings, f"save={tmp_path}", "exit_interval=3"])
     resume = [*settings, f"load={tmp_path}"]

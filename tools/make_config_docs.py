@@ -21,12 +21,19 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 #: {section: (heading, what its keys are about)}.
 HEADINGS: dict[type, tuple[str, str]] = {
     config.ModelConfig: ("Base model", "The frozen Llama."),
-    AdapterSpec: ("Adapter", "What is trained. Keys marked (molora, malora) or (malora) are ignored by other methods."),
+    AdapterSpec: (
+        "Adapter",
+        "What is trained; [methods.md](methods.md) explains it. Keys marked (methods with a router) or (malora) are "
+        "ignored by other methods.",
+    ),
     config.ParallelConfig: ("Layout", "TP x PP x DP is the number of processes; EP divides DP."),
     config.DataConfig: ("Data", "Files and lengths."),
     config.TaskConfig: ("Task", "Keys of each entry of `data`."),
     config.TrainConfig: ("Training", "Steps, optimizer, evaluation, checkpoints, logs."),
 }
+
+#: Defaults that depend on other keys, in words.
+DEPENDENT_DEFAULTS = {"lora_rank": "12 (malora) or 8", "lora_alpha": "2 * lora_rank"}
 
 INTRODUCTION = f"""\
 # Config keys
@@ -41,11 +48,16 @@ The keys are flat, except for those of a task, which belong to an entry of the l
 into the second one. An unknown key, a wrong type or a value that cannot work is an error of one line that names the
 key, its value, the rule and the cure. Numbers are finite, and whole ones below {INT_LIMIT}. Relative paths start at the
 working directory.
+
+A file may build on another one: `include: common.yaml` reads that file first, by its path from the including file. The
+keys of the including file replace those of the included one, a list such as `data` as a whole.
 """
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    """A field's default as YAML would have it."""
+    """A field's default as YAML would have it; in words where it depends on other keys."""
+    if field.default is None:
+        return DEPENDENT_DEFAULTS[field.name]
     value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return f"[{', '.join(value)}]" if isinstance(value, list) else json.dumps(value)
 
@@ -55,7 +67,8 @@ def values_of(field: dataclasses.Field[Any], rules: Rules) -> str:
     if rules.choices:
         choices = ", ".join(f"`{choice}`" for choice in rules.choices)
         return choices if field.type == "str" else f"{field.type} of {choices}"
-    return ", ".join(filter(None, (str(field.type), rules.range_text(), "required" if rules.required else "")))
+    kind = str(field.type).removesuffix(" | None")
+    return ", ".join(filter(None, (kind, rules.range_text(), "required" if rules.required else "")))
 
 
 def render() -> str:

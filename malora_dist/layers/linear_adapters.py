@@ -177,9 +177,11 @@ class LinearAdapters(torch.nn.ModuleDict):
             return [self._crossing.unprojected(x_TI) for x_TI in z], crossed
         parts = [z_TD.float() for z_TD in z] + ([] if logits is None else [logits.flatten(1)])
         whole = self._crossing.projected(torch.cat(parts, dim=-1))
-        split = whole.split([part.shape[-1] for part in parts], dim=-1)
-        sent = [part.to(z_TD.dtype) for part, z_TD in zip(split, z, strict=False)]  # the logits come last
-        return sent, None if logits is None else split[-1].unflatten(-1, logits.shape[1:])
+        *crossed, last = whole.split([part.shape[-1] for part in parts], dim=-1)
+        if logits is None:
+            crossed.append(last)
+        sent = [part.to(z_TD.dtype) for part, z_TD in zip(crossed, z, strict=True)]
+        return sent, None if logits is None else last.unflatten(-1, logits.shape[1:])
 
     # ---- the experts
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from malora_dist.errors import ConfigError
 from malora_dist.methods.spec import AdapterSpec
 
+#: A width to choose for a budget.
+Width = Literal["lora_rank", "shared_dim"]
+#: Where the search for a width gives up.
+_WIDEST = 2**24
 #: {projection: (in_features, out_features)} of one layer.
 LayerWidths = Mapping[str, tuple[int, int]]
 
@@ -34,6 +39,12 @@ def total(spec: AdapterSpec, widths: LayerWidths, num_layers: int = 1, with_rout
     return sum(count for name, count in counts.items() if with_router or name != "router")
 
 
+def trained_share(spec: AdapterSpec, widths: LayerWidths, num_layers: int, base_parameters: int) -> float:
+    """Trainable parameters over all parameters, base and frozen ones included: what PEFT prints and the paper gives."""
+    adapter = sum(adapter_parameters(spec, widths, num_layers).values())
+    return total(spec, widths, num_layers) / (base_parameters + adapter)
+
+
 class Ranks(NamedTuple):
     """MALoRA's two widths."""
 
@@ -44,7 +55,7 @@ class Ranks(NamedTuple):
 def rank_rule(molora_rank: int, num_experts: int, share: float) -> Ranks:
     """The paper's rule (section 3.3): MALoRA of about as many trainable parameters as MoLoRA of rank r.
 
-    d = lambda r N and r_bar = r + (1 - lambda) r.
+    d = lambda r N and r_bar = r + (1 - lambda) r, both at least 1.
 
     Args:
         share: lambda, in (0, 1].
@@ -54,33 +65,41 @@ def rank_rule(molora_rank: int, num_experts: int, share: float) -> Ranks:
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must lie in (0, 1]")
-    return Ranks(round(share * molora_rank * num_experts), round((2 - share) * molora_rank))
+    shared_dim = round(share * molora_rank * num_experts)
+    return Ranks(max(1, shared_dim), max(1, round((2 - share) * molora_rank)))
 
 
-def largest(spec: AdapterSpec, field: str, widths: LayerWidths, budget: int, num_layers: int = 1) -> AdapterSpec:
+def largest(spec: AdapterSpec, field: Width, widths: LayerWidths, budget: int, num_layers: int = 1) -> AdapterSpec:
     """The spec with the largest value of one of its widths that stays within a budget.
 
     Args:
-        field: ``lora_rank`` or ``shared_dim``; with lora_rank the scaling s stays what it is.
+        field: the width; with lora_rank the scaling s stays what it is.
         budget: trainable parameters, routers included.
 
     Raises:
-        ValueError: even 1 is too much.
+        ConfigError: even 1 is too much, or the method has no such width.
     """
-    scaling = spec.declared.alpha / spec.declared.rank
 
-    def with_value(value: int) -> AdapterSpec:
-        changes = {"lora_rank": value, "lora_alpha": scaling * value} if field == "lora_rank" else {field: value}
-        return dataclasses.replace(spec, **changes)
+    def fits(value: int) -> bool:
+        return total(_with_width(spec, field, value), widths, num_layers) <= budget
 
-    fits, exceeds = 0, 1
-    while total(with_value(exceeds), widths, num_layers) <= budget:
-        fits, exceeds = exceeds, 2 * exceeds
-        if exceeds > 2**24:
-            raise ValueError(f"method={spec.method} does not grow with {field}")
-    while exceeds - fits > 1:
-        middle = (fits + exceeds) // 2
-        fits, exceeds = (middle, exceeds) if total(with_value(middle), widths, num_layers) <= budget else (fits, middle)
-    if fits == 0:
-        raise ValueError(f"{budget:,} parameters are too few for method={spec.method} even with {field}=1")
-    return with_value(fits)
+    if not fits(1):
+        rule = f"is too much for method={spec.method} within {budget:,} parameters"
+        raise ConfigError(field, 1, rule, "raise the budget or adapt fewer target_modules")
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        if high > _WIDEST:
+            raise ConfigError(field, 1, f"does not change the size of method={spec.method}", "solve lora_rank instead")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return _with_width(spec, field, low)
+
+
+def _with_width(spec: AdapterSpec, field: Width, value: int) -> AdapterSpec:
+    """The spec with another width and the same scaling s."""
+    if field == "shared_dim":
+        return dataclasses.replace(spec, shared_dim=value)
+    divisor = math.sqrt(value) if spec.use_rslora else value
+    return dataclasses.replace(spec, lora_rank=value, lora_alpha=spec.declared.scaling * divisor)

@@ -37,12 +37,8 @@ class AdapterSpec:
         choices=(*PROJECTIONS, *MEGATRON_LINEARS),
         required=True,
     )
-    lora_rank: int | None = key(
-        None, "r, rank of one expert, PEFT's `r`; default: 12 for malora, 8 for the others", minimum=1
-    )
-    lora_alpha: float | None = key(
-        None, "numerator of the scaling s = lora_alpha / lora_rank; default: 2 * lora_rank", above=0
-    )
+    lora_rank: int | None = key(None, "r, rank of one expert, PEFT's `r`; by default the method's", minimum=1)
+    lora_alpha: float | None = key(None, "numerator of the scaling s = lora_alpha / lora_rank", above=0)
     use_rslora: bool = key(False, "s = lora_alpha / sqrt(lora_rank) instead (rsLoRA)")
     lora_dropout: float = key(
         0.0,
@@ -136,13 +132,13 @@ class AdapterSpec:
         return {"target_modules": self.projections} | {name: getattr(self, name) for name in names}
 
     def validate_adapter(self) -> None:
-        """Check all fields, those of a subclass included, and the adapter's against each other.
+        """Check the adapter's own fields, each and against each other.
 
         Raises:
             ConfigError: naming the key, its value, the rule and the cure.
         """
         declared = self.declared  # refuses an unknown method
-        check_fields(self)
+        check_fields(self, of=AdapterSpec)
         if self.is_mixture and self.topk > self.num_lora_experts:
             raise ConfigError(
                 "topk",

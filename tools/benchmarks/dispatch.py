@@ -39,12 +39,13 @@ import torch
 from common import headline, interleaved, print_table, ratios, summary, write_results
 from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
 from malora_dist.methods.maths import Routing
-from models import SHAPES, Inputs, Processes, build_trainer, llama_config, llama_like, spawn, write_inputs
+from models import Inputs, Processes, build_trainer, llama_config, llama_like, spawn, write_inputs
 from overlap import measure_overlap
 from torch import Tensor
 from transformers import LlamaConfig
 
 from malora_dist.exchange.base import DispatchedTokens, Returning, TokenDispatcher
+from malora_dist.families.shapes import SHAPES
 from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.device import without_expected_warnings
@@ -248,7 +249,7 @@ def print_crossovers(figures: Mapping[int, Any], hf: LlamaConfig) -> dict[str, s
 
 def print_rule_at_scale(experts: Sequence[int]) -> None:
     """The same rule at a released model's widths, where it is arithmetic."""
-    hf = llama_config(layers=1, **SHAPES["llama3-8b"])
+    hf = llama_config(**SHAPES["llama3-8b"] | {"layers": 1})
     print("\nthe rule at Llama-3-8B's widths, float32: tokens per rank and step")
     ranks = (2, 8, 64)
     rows = [(f"N={n}", *("-" if n % ep else Rule.of(hf, n, ep).describe() for ep in ranks)) for n in experts]

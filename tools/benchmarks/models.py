@@ -32,11 +32,6 @@ from malora_dist.parallel.topology import Topology
 if TYPE_CHECKING:
     from malora_dist.training.trainer import Trainer
 
-#: Layer shapes of released models, as arguments of :func:`llama_config`.
-SHAPES = {
-    "llama2-7b": {"hidden": 4096, "ffn": 11008, "heads": 32, "kv_heads": 32, "vocab": 32000},
-    "llama3-8b": {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "vocab": 128256},
-}
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -39,11 +39,12 @@ import torch
 from common import RESULTS, headline, interleaved, print_table, ratios, summary, write_results
 from flops import Form, projection_widths, square_macs, step_flops
 from forms import measure_forms, now
-from models import SHAPES, Inputs, build_trainer, llama_config, llama_like, peak_memory, spawn, write_inputs
+from models import Inputs, build_trainer, llama_config, llama_like, peak_memory, spawn, write_inputs
 from transformers import LlamaConfig
 from usual_dispatch import dispatch_as_usual
 
 from malora_dist.config_file import load_config
+from malora_dist.families.shapes import SHAPES
 from malora_dist.kernels.experts import choose_expert_compute
 from malora_dist.methods.budget import trainable_parameters
 from malora_dist.methods.spec import AdapterSpec
@@ -336,8 +337,8 @@ def parse() -> argparse.Namespace:
 def models_of(args: argparse.Namespace) -> dict[str, LlamaConfig]:
     """{label: the Llama} to measure."""
     if args.shape:
-        shape = SHAPES[args.shape] | ({"vocab": args.vocab} if args.vocab else {})
-        return {args.shape: llama_config(layers=args.layers, **shape)}
+        shape = SHAPES[args.shape] | {"layers": args.layers} | ({"vocab": args.vocab} if args.vocab else {})
+        return {args.shape: llama_config(**shape)}
     return {str(hidden): llama_like(hidden, args.layers, args.vocab or 1024) for hidden in args.hidden}
 
 
