@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from malora_dist.methods.budget import trainable_parameters
-from malora_dist.methods.spec import AdapterSpec
+from malora_dist.methods.budget import total
+from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "tools" / "benchmarks"
 NAMES = ("scaling_cluster", "scaling_parts", "scaling_model", "scaling_search", "scaling_measured", "scaling")
@@ -66,39 +66,35 @@ def only(modules: dict[str, ModuleType], **rates: float) -> Any:
         ("molora", "grouped"),
         ("malora", "gated_block"),
         ("malora", "grouped"),
+        ("hydralora", "gated_block"),
     ],
 )
 def test_operations_are_those_of_the_floor(
-    modules: dict[str, ModuleType], llama: Any, name: str, form: str, fuse: bool
+    modules: dict[str, ModuleType], parts: Any, llama: Any, name: str, form: str, fuse: bool
 ) -> None:
-    flops = importlib.import_module("flops")
-    model, spec = modules["scaling_model"], AdapterSpec(method=name, num_lora_experts=16, fuse_projections=fuse)
+    flops, model = importlib.import_module("flops"), modules["scaling_model"]
+    spec = AdapterSpec(method=name, num_lora_experts=16, fuse_projections=fuse)
     for linear in llama.linears:
-        passes = [
-            model.input_ops(modules["scaling_parts"].Method("", spec, "local", float32_router=True), linear, 1.0, 1)
-        ]
-        passes += [model.expert_ops(spec, shape, 1.0, 1, form) for shape in linear.shapes(spec, 1)]
+        contender = parts.Contender("", spec, "local", float32_router=True)
+        sites = parts.sites_of(contender, linear, layout(parts))
+        passes = [model.input_ops(contender, linear, 1.0, 1)]
+        passes += [model.expert_ops(site, 1.0, 1, form) for site in sites]
         counted = sum(op.flops for both in passes for ops in both for op in ops)
-        groups = [linear.widths] if fuse else [(width,) for width in linear.widths]
-        macs = sum(flops.adapter_macs(spec, linear.in_features, group, form) for group in groups)
+        macs = sum(flops.adapter_macs(spec.declared, site.in_features, site.out_features, form) for site in sites)
         assert counted == pytest.approx(2 * macs)
 
 
-@pytest.mark.parametrize("method", ["lora", "molora", "malora"])
-def test_trained_numbers_are_those_of_the_budget(parts: Any, llama: Any, method: str) -> None:
-    spec = AdapterSpec(method=method, num_lora_experts=16)
+@pytest.mark.parametrize("method", ["lora", "dora", "molora", "malora"])
+@pytest.mark.parametrize("ep", [1, 8])
+def test_trained_numbers_are_those_of_the_budget(parts: Any, llama: Any, method: str, ep: int) -> None:
+    spec = AdapterSpec(method=method, num_lora_experts=16, target_modules=["q_proj", "v_proj", "linear_fc1", "o_proj"])
     widths = {
         name: (linear.in_features, width)
-        for linear, names in zip(
-            llama.linears,
-            (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)),
-            strict=True,
-        )
-        for name, width in zip(names, linear.widths, strict=True)
+        for linear in llama.linears
+        for name, width in zip(MEGATRON_LINEARS[linear.name], linear.widths, strict=True)
     }
-    numbers = parts.trained_numbers(llama, parts.Method("", spec, "all_to_all"), layout(parts))
-    total = numbers.replicated + 8 * numbers.experts
-    assert total == sum(trainable_parameters(spec, widths, llama.layers).values())
+    numbers = parts.trained_numbers(llama, parts.Contender("", spec, "all_to_all"), layout(parts, ep=ep))
+    assert numbers.replicated + ep * numbers.experts == total(spec, widths, llama.layers)
 
 
 @pytest.mark.parametrize("dispatch", DISPATCHES)
@@ -107,11 +103,24 @@ def test_dispatch_takes_the_bytes_of_the_cost_rule(
 ) -> None:
     spec, rate = AdapterSpec(), 1e9
     times = modules["scaling_model"].step_time(
-        only(modules, nvlink=rate), llama, parts.Method("", spec, dispatch), layout(parts)
+        only(modules, nvlink=rate), llama, parts.Contender("", spec, dispatch), layout(parts)
     )
     sent = modules["scaling_search"].sent_bytes(llama, spec, dispatch, ep=8, tokens=8192)
     counts = 64 * 4 * llama.layers * 2  # the ranks tell each other how many rows come, once a linear and microbatch
     assert times.dispatch == pytest.approx((sent + (counts if dispatch == "all_to_all" else 0)) / rate)
+
+
+def test_molora_brings_x_across_tensor_parallelism(modules: dict[str, ModuleType], parts: Any, llama: Any) -> None:
+    rate, tp2, tokens, n_experts, rank = 1e9, layout(parts, tp=2, ep=4), 4096, 16, 8
+    contender = parts.Contender("", AdapterSpec(method="molora", num_lora_experts=n_experts), "gather_experts")
+    crossing, cluster = modules["scaling_model"].crossing_seconds, only(modules, nvlink=rate)
+    fc1, fc2 = llama.linears[2:]
+    logits = tokens * n_experts * 4 / 2  # gathered or reduce-scattered: half of it comes from the other rank
+    gathered_x = tokens * llama.hidden * 2 / 2
+    assert crossing(cluster, contender, fc1, tp2) == pytest.approx(2 * (logits + gathered_x) / rate)
+    exchanged_x = tokens * llama.ffn / 2 * 2 / 2  # a rank has half the features and sends half the tokens
+    down = n_experts * rank * llama.ffn * 4 / 2
+    assert crossing(cluster, contender, fc2, tp2) == pytest.approx((logits + exchanged_x + down) / rate)
 
 
 def test_collectives_across_nodes_share_the_ports(modules: dict[str, ModuleType]) -> None:
@@ -124,7 +133,7 @@ def test_collectives_across_nodes_share_the_ports(modules: dict[str, ModuleType]
 
 
 def test_weights_and_pipeline(modules: dict[str, ModuleType], parts: Any, llama: Any) -> None:
-    method = parts.Method("", AdapterSpec(method="lora"), "local")
+    method = parts.Contender("", AdapterSpec(method="lora"), "local")
     cluster, model = modules["scaling_cluster"].Cluster(), modules["scaling_model"]
     whole = model.memory(cluster, llama, method, layout(parts, ep=1))
     assert whole.base == pytest.approx(2 * 8.03e9, rel=1e-3)

@@ -9,6 +9,7 @@ import platform
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,13 @@ def machine(*packages: str) -> dict[str, Any]:
     }
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when all that was started on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def summary(values: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and extremes; of one value, five times that value."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
@@ -43,6 +51,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
     """Summary of the ratios of two interleaved series, pair by pair, so that a slow moment hits both sides."""
     return summary([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def spread(ratio: Mapping[str, float]) -> str:
+    """Median and quartiles of a ratio."""
+    return f"{ratio['median']:.3f} [{ratio['q1']:.3f} {ratio['q3']:.3f}]"
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ nothing would move.
 
 Bytes are those that a rank hands to the collectives of the expert-parallel group in a step, counted by
 malora_dist/metrics/traffic.py: forward and backward, its own share included. ``auto`` compares what is sent to others,
-(EP - 1) / EP of it, by the formulas of malora_dist/exchange/cost.py, which stand beside the counts in the same terms.
+(EP - 1) / EP of it, by ``Exchange.bytes_sent``, which stands beside the counts in the same terms.
 More tokens are more microbatches of one sequence each. A time is the slowest process's, median of the rounds.
 
 The last section measures the parts of one linear at EP=2 (see overlap.py) and what hiding a transfer behind the frozen
@@ -37,23 +37,26 @@ from typing import Any
 
 import torch
 from common import headline, interleaved, print_table, ratios, summary, write_results
-from malora_dist.exchange.cost import all_to_all_bytes, cheaper_dispatch, gather_experts_bytes
-from malora_dist.methods.maths import Routing
 from models import Inputs, Processes, build_trainer, llama_config, llama_like, spawn, write_inputs
 from overlap import measure_overlap
+from scaling_parts import FP32, Model
+from scaling_search import sent_bytes
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from transformers import LlamaConfig
 
-from malora_dist.exchange.base import DispatchedTokens, Returning, TokenDispatcher
+from malora_dist.exchange.all_to_all import AllToAll
+from malora_dist.exchange.base import Dispatched, Returning
+from malora_dist.exchange.plan import cheapest_exchange
 from malora_dist.families.shapes import SHAPES
+from malora_dist.methods.routing import Routing
 from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 with without_expected_warnings():  # import megatron-core
-    from malora_dist.layers.adapted_linear import LinearAdapters
-    from malora_dist.models.build import adapter_shapes
+    from malora_dist.layers.linear_adapters import LinearAdapters
 
 #: {way: config keys}
 WAYS = {
@@ -62,31 +65,29 @@ WAYS = {
     "x-wide": ["method=molora", "dispatch=all_to_all"],
     "gather": ["method=malora", "dispatch=gather_experts"],
 }
-ITEM_BYTES = 4  # float32
 
 
-class RowPerExpert:
-    """A dispatcher that hands every token k times to another one, each time with one of its experts."""
+class RowPerExpert(AllToAll):
+    """Sends every token k times, each time with one of its experts."""
 
-    moves_tokens = True
+    def __init__(self, num_experts: int, group: ProcessGroup, device: torch.device, topk: int) -> None:
+        super().__init__(num_experts, group, device)
+        self._topk = topk
 
-    def __init__(self, inner: TokenDispatcher, topk: int) -> None:
-        self.name, self._inner, self._topk = inner.name, inner, topk
-
-    def dispatch(self, z: Sequence[Tensor], routings: Sequence[Routing]) -> list[DispatchedTokens]:
+    def dispatch(self, z: Sequence[Tensor], routings: Sequence[Routing]) -> list[Dispatched]:
         single = [
             r._replace(gates_TK=r.gates_TK.reshape(-1, 1), experts_TK=r.experts_TK.reshape(-1, 1)) for r in routings
         ]
-        return self._inner.dispatch([z_TZ.repeat_interleave(self._topk, dim=0) for z_TZ in z], single)
+        return super().dispatch([z_TD.repeat_interleave(self._topk, dim=0) for z_TD in z], single)
 
-    def send_back(self, y_WM: Tensor, tokens: DispatchedTokens) -> Returning:
-        wait = self._inner.send_back(y_WM, tokens)
+    def send_back(self, rows: Tensor, dispatched: Dispatched) -> Returning:
+        wait = super().send_back(rows, dispatched)
 
-        def rows() -> tuple[Tensor, Tensor]:
-            rows_SM, slot_S = wait()
-            return rows_SM, slot_S // self._topk
+        def rows_of_tokens() -> tuple[Tensor, Tensor]:
+            returned, slot_of_row = wait()
+            return returned, slot_of_row // self._topk
 
-        return rows
+        return rows_of_tokens
 
 
 class Worker:
@@ -100,9 +101,11 @@ class Worker:
         """Make the trainer of a way; all trainers of one process share a layout."""
         trainer: Any = build_trainer(overrides, self._topology)
         if way == "per expert":
+            config, topology = trainer.config, trainer.topology
+            exchange = RowPerExpert(config.num_experts, topology.ep_group, topology.device, config.topk)
             for module in trainer.trained.model[0].modules():
                 if isinstance(module, LinearAdapters):
-                    module._dispatcher = RowPerExpert(module._dispatcher, trainer.config.topk)
+                    module._exchange = exchange
         self._topology, self._trainers[way] = trainer.topology, trainer
 
     def forget(self) -> None:
@@ -162,7 +165,7 @@ def _slowest(workers: Processes, way: str, sequences: int) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """What malora_dist/exchange/cost.py says of one rank's step of a whole Llama, MALoRA with N experts.
+    """What ``Exchange.bytes_sent`` says of one rank's step of a whole Llama, MALoRA with N experts.
 
     Attributes:
         all_to_all: bytes per token, in the counter's terms.
@@ -177,20 +180,17 @@ class Rule:
     @classmethod
     def of(cls, hf: LlamaConfig, n: int, ep: int) -> Rule:
         """For N experts on ``ep`` ranks."""
-        spec = AdapterSpec(num_lora_experts=n)
-        linears = adapter_shapes(hf, spec, 1)
-        every = [shape for shapes in linears.values() for shape in shapes]
-        counted = hf.num_hidden_layers * ep / (ep - 1)  # the counter includes a rank's own share
-        many = 10**12  # tokens, so that bytes do not stand in the way
-        return cls(
-            counted * sum(all_to_all_bytes(spec, shape, ep, 1, ITEM_BYTES) for shape in every),
-            counted * sum(gather_experts_bytes(spec, shape, ep) for shape in every),
-            {
-                linear: cheaper_dispatch(spec, max(shapes, key=lambda s: s.out_features), ep, many, ITEM_BYTES)
-                == "gather_experts"
-                for linear, shapes in linears.items()
-            },
+        spec, model = AdapterSpec(num_lora_experts=n), Model.of(hf)
+        counted = ep / (ep - 1)  # the counter includes a rank's own share
+        all_to_all, gather = (
+            counted * sent_bytes(model, spec, way, ep, 1, FP32) for way in ("all_to_all", "gather_experts")
         )
+        many = 10**12  # tokens, so that bytes do not stand in the way
+        fits = {}
+        for linear in model.adapted(spec):
+            largest = max(linear.sites(spec, 1, ep, many, FP32), key=lambda site: site.out_features)
+            fits[linear.name] = cheapest_exchange(largest) == "gather_experts"
+        return cls(all_to_all, gather, fits)
 
     def describe(self) -> str:
         """From how many tokens on ``auto`` takes gather_experts."""

@@ -3,15 +3,20 @@
 Multiply-accumulates per token (one is two operations) of a linear layer from n to m:
 
     frozen weight     n m forward, n m for the gradient of its input
-    LoRA              3 r n + 3 r m: a product forward, one for the gradient of the input, one for that of the weight
-    asymmetric LoRA   2 r n + 3 r m: A has no gradient
-    MoLoRA            3 N n (router) + c (3 r n + 3 r m)
-    MALoRA            3 N n (router) + 3 d n (S_A) + c (3 r' d + 3 r' m)
+    an adapter        the numbers of each of its matrices, times the products it takes part in: one forward, one for the
+                      gradient of its input, one for its own if it is trained
 
-with c = k experts per token where tokens are sorted by expert (``grouped``), and c = N in the gated block form. With
-``fuse_projections`` what reads x counts once for a fused linear. The embeddings are frozen, so the first layer's q, k
-and v need no gradient of their input: n m less, and one n-wide product of every adapter less (asymmetric LoRA: r m
-besides).
+A matrix with an expert axis counts for k experts where tokens are sorted by expert (``grouped``), and for all N in the
+gated block form. So, from their declarations (malora_dist/methods/):
+
+    LoRA              3 r n + 3 r m
+    asymmetric LoRA   2 r n + 3 r m: A has no gradient
+    DoRA              as LoRA, and once a step the norms of W0 + s B A: r n m, and small products
+    MoLoRA            3 N n (router) + c (3 r n + 3 r m)
+    MALoRA            3 N n (router) + 3 d n (S_A) + c (3 r d + 3 r m)         c = k or N
+
+With ``fuse_projections`` what has no output axis counts once for a fused linear. The embeddings are frozen: up to the
+first adapters nothing needs the gradient of its input.
 
 Besides, causal attention over S positions: (S + 1) / 2 keys a token on average, two products forward and four backward,
 and the output layer, h V forward and h V backward. Norms, activations, gates and the optimizer count nothing.
@@ -19,55 +24,74 @@ and the output layer, h V forward and h V backward. Norms, activations, gates an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Literal
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
 from malora_dist.families.base import projection_widths
-from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
+from malora_dist.methods.base import Method
+from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 
 Form = Literal["gated_block", "grouped"]
 
 
-def adapter_macs(spec: AdapterSpec, n: int, widths: Sequence[int], form: Form, input_grad: bool = True) -> int:
+def adapter_macs(method: Method, n: int, m: int, form: Form, input_grad: bool = True) -> int:
     """Multiply-accumulates of one adapter per token, forward and backward.
 
     Args:
-        widths: m of each projection that the adapter serves, one unless ``fuse_projections``.
+        m: of all projections that the adapter serves together.
         input_grad: whether the gradient of x is wanted.
     """
-    rank, m = spec.expert_rank, sum(widths)
-    reads_x = 3 if input_grad else 2  # products with a factor that reads x
-    if spec.method == "asymmetric_lora":
-        return (2 * n + 3 * m if input_grad else n + 2 * m) * rank  # without dx, A x needs no gradient either
-    if not spec.is_mixture:
-        return reads_x * rank * n + 3 * rank * m
-    experts = spec.topk if form == "grouped" else spec.num_experts
-    router = reads_x * spec.num_experts * n
-    if spec.method == "molora":
-        return router + experts * (reads_x * rank * n + 3 * rank * m)
-    return router + reads_x * spec.shared_dim * n + experts * 3 * rank * (spec.shared_dim + m)
+    experts = method.settings.topk if form == "grouped" and method.is_mixture() else method.num_experts
+    widths = method.widths(n, m) | {"expert": experts}
+    macs, has_trained = 0, False
+    for name, param in method.parameters.items():  # in the order in which x meets them
+        if len(param.axes) < 2:
+            continue  # scales its input, a product with no sum
+        wants_input_grad = input_grad or ("in" not in param.axes and has_trained)
+        products = 1 + wants_input_grad + method.is_trained(name)
+        macs += products * math.prod(widths[axis] for axis in param.axes)
+        has_trained |= method.is_trained(name)
+    return macs
 
 
-def square_macs(spec: AdapterSpec, width: int, form: Form) -> int:
+def norms_macs(method: Method, n: int, m: int) -> float:
+    """Multiply-accumulates of ``Method.squared_norms`` of one projection, which are computed once a step."""
+    if not method.needs_norms:
+        return 0.0
+    params = {name: torch.empty(method.shape(name, n, m), device="meta") for name in method.parameters}
+    with FlopCounterMode(display=False) as counter:
+        method.squared_norms(params, torch.empty(m, n, device="meta"))
+    return counter.get_total_flops() / 2
+
+
+def square_macs(method: Method, width: int, form: Form) -> int:
     """Multiply-accumulates per token of one square linear, frozen weight and adapter, inside a model."""
-    return 2 * width**2 + adapter_macs(spec, width, [width], form)
+    return 2 * width**2 + adapter_macs(method, width, width, form)
 
 
 def step_flops(hf: LlamaConfig, spec: AdapterSpec, form: Form, tokens: int, seq_length: int) -> float:
-    """Operations of one training step with an adapter on all seven projections.
+    """Operations of one training step.
 
     Args:
         tokens: of the step, in sequences of ``seq_length`` without padding.
     """
-    assert spec.projections == PROJECTIONS, "counted for adapters on all projections"
-    widths = projection_widths(hf)
+    method, widths = spec.declared, projection_widths(hf)
     macs = 2.0 * hf.hidden_size * hf.vocab_size
-    for layer in range(hf.num_hidden_layers):
-        for _, group in spec.adapter_groups:
-            n, outs = widths[group[0]][0], [widths[projection][1] for projection in group]
-            input_grad = layer > 0 or group[0] not in ("q_proj", "k_proj", "v_proj")
-            macs += (2 if input_grad else 1) * n * sum(outs) + adapter_macs(spec, n, outs, form, input_grad)
-        macs += 6 * (seq_length + 1) / 2 * widths["q_proj"][1]
+    is_reached = False  # by a gradient: adapters lie below
+    for _ in range(hf.num_hidden_layers):
+        for linear, fused in MEGATRON_LINEARS.items():
+            n = widths[fused[0]][0]
+            if linear == "linear_proj":  # attention comes before it
+                macs += (6 if is_reached else 2) * (seq_length + 1) / 2 * n
+            macs += (2 if is_reached else 1) * n * sum(widths[projection][1] for projection in fused)
+            adapters = [projections for _, projections in spec.adapters if projections[0] in fused]
+            for projections in adapters:
+                outs = [widths[projection][1] for projection in projections]
+                macs += adapter_macs(method, n, sum(outs), form, is_reached)
+                macs += sum(norms_macs(method, n, m) for m in outs) / tokens
+            is_reached |= bool(adapters)
     return 2 * macs * tokens

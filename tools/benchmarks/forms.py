@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from common import interleaved, print_table, ratios, summary
+from common import interleaved, now, print_table, ratios, summary
 from torch import Tensor
 
-from malora_dist.kernels.experts import Columns, add_experts, choose_expert_compute
+from malora_dist.kernels.columns import Columns
+from malora_dist.kernels.experts import ExpertWeights, Tokens, add_experts, choose_expert_compute
 
 #: (topk, rank of an expert) pairs that the crossover over N is looked for at.
-SETTINGS = ((1, 10), (2, 10), (4, 10), (2, 40))
-SHARED_DIM = 10
-LARGEST_BLOCK = 1300  # inner values N * r' of the largest gated block
+ROUTINGS = ((1, 12), (2, 12), (4, 12), (2, 48))
+SHARED_DIM = 32
+LARGEST_BLOCK = 1600  # inner values N * r of the largest gated block
 
 
 def make_step(
@@ -34,34 +34,27 @@ def make_step(
     """A function that runs one adapter's experts forward and backward on a square linear, and answers the seconds."""
     generator = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=generator, device=device)
-    z_TZ = normal(tokens, SHARED_DIM, dtype=dtype).requires_grad_()
-    logits_TN = normal(tokens, num_experts)
-    gates_TK, experts_TK = (t.detach() for t in logits_TN.softmax(dim=-1).topk(topk))
+    z_TD = normal(tokens, SHARED_DIM, dtype=dtype).requires_grad_()
+    gates_TK, experts_TK = (t.detach() for t in normal(tokens, num_experts).softmax(dim=-1).topk(topk))
     gates_TK.requires_grad_()
-    down_ERZ = normal(num_experts, rank, SHARED_DIM).requires_grad_()
-    up_EMR = normal(num_experts, hidden, rank).requires_grad_()
-    dy_TM = normal(tokens, hidden, dtype=dtype)
-    inputs: Sequence[Tensor] = (z_TZ, gates_TK, down_ERZ, up_EMR)
+    down_ERD = normal(num_experts, rank, SHARED_DIM).requires_grad_()
+    up_EOR = normal(num_experts, hidden, rank).requires_grad_()
+    dy_TO = normal(tokens, hidden, dtype=dtype)
+    inputs: Sequence[Tensor] = (z_TD, gates_TK, down_ERD, up_EOR)
+    weights = ExpertWeights(down_ERD, [up_EOR], blocks=1, scaling=2.0)
 
     def step() -> float:
-        y_TM = torch.zeros_like(dy_TM)  # stands for the base linear's output
+        y_TO = torch.zeros_like(dy_TO)  # stands for the base linear's output
         began = now(device)
-        y_TM = add_experts(form, y_TM, z_TZ, gates_TK, experts_TK, down_ERZ, [up_EMR], 2.0, Columns(1, 0, hidden))
-        torch.autograd.grad(y_TM, inputs, dy_TM)
+        y_TO = add_experts(form, y_TO, Columns(1, 0, hidden), Tokens(z_TD, gates_TK, experts_TK), weights)
+        torch.autograd.grad(y_TO, inputs, dy_TO)
         return now(device) - began
 
     return step
 
 
-def now(device: torch.device) -> float:
-    """Seconds of a clock, when all that was started on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def crossover(blocks: Sequence[int], grouped_to_gated: Sequence[float]) -> float | None:
-    """The N * r' at which the ratio falls through 1, interpolated on logarithmic axes; None: nowhere in this range."""
+    """The N * r at which the ratio falls through 1, interpolated on logarithmic axes; None: nowhere in this range."""
     for (x0, y0), (x1, y1) in itertools.pairwise(zip(blocks, grouped_to_gated, strict=True)):
         if y0 > 1 >= y1:
             return x0 * (x1 / x0) ** (math.log(y0) / math.log(y0 / y1))
@@ -69,7 +62,7 @@ def crossover(blocks: Sequence[int], grouped_to_gated: Sequence[float]) -> float
 
 
 def ruled_crossover(topk: int, rank: int, device: torch.device) -> int:
-    """The largest N * r' that ``expert_compute: auto`` still computes as a gated block."""
+    """The largest N * r that ``expert_compute: auto`` still computes as a gated block."""
     experts = topk
     while choose_expert_compute(experts + 1, topk, rank, device.type) == "gated_block":
         experts += 1
@@ -84,7 +77,7 @@ def measure_forms(
     figures: dict[str, Any] = {}
     keys: dict[str, str] = {}
     rows: list[tuple[object, ...]] = []
-    for topk, rank in SETTINGS:
+    for topk, rank in ROUTINGS:
         over_n = {}
         n = max(2, topk)
         while n * rank <= LARGEST_BLOCK:
@@ -98,7 +91,7 @@ def measure_forms(
             chosen = choose_expert_compute(n, topk, rank, device.type)
             ms = (f"{summary(seconds[form])['median'] * 1e3:.2f}" for form in ("gated_block", "grouped"))
             quartiles = f"{ratio['median']:.2f} [{ratio['q1']:.2f} {ratio['q3']:.2f}]"
-            rows.append((f"k={topk} r'={rank}", n, n * rank, *ms, quartiles, chosen))
+            rows.append((f"k={topk} r={rank}", n, n * rank, *ms, quartiles, chosen))
             n *= 2
         measured = crossover([n * rank for n in over_n], [f["grouped/gated_block"]["median"] for f in over_n.values()])
         rule = ruled_crossover(topk, rank, device)
@@ -106,10 +99,10 @@ def measure_forms(
         slot_cost = None if measured is None else measured / topk - rank
         figures[name] = {"over_n": over_n, "crossover": measured, "rule": rule, "slot_cost": slot_cost}
         keys |= {f"crossover_{name}": "none" if measured is None else f"{measured:.0f}", f"rule_{name}": str(rule)}
-    header = ("setting", "N", "N r'", "gated block ms", "grouped ms", "grouped / gated block", "auto takes")
+    header = ("setting", "N", "N r", "gated block ms", "grouped ms", "grouped / gated block", "auto takes")
     print_table(header, rows)
     for name, f in figures.items():
-        found = "no crossover in this range" if f["crossover"] is None else f"equal at N r' = {f['crossover']:.0f}"
+        found = "no crossover in this range" if f["crossover"] is None else f"equal at N r = {f['crossover']:.0f}"
         cost = "" if f["slot_cost"] is None else f"; a moved row costs as much as {f['slot_cost']:.0f} inner values"
         print(f"{name}: {found}, the rule changes over at {f['rule']}{cost}")
     return figures, keys

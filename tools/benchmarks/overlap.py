@@ -12,7 +12,7 @@ From the parts' times, the cost of the three orders in which they can run:
 
     nothing hidden          gemm + out + experts + back + sum
     out behind the GEMM     max(gemm, out) + experts + back + sum
-    back behind the GEMM    out + experts + max(gemm, back) + sum      what layers/adapted_linear.py does
+    back behind the GEMM    out + experts + max(gemm, back) + sum      what layers/linear_adapters.py does
 
 The first and the last are also run as a whole. There a transfer competes with the GEMM for the machine's cores, which a
 network card would not do: the model is a bound. In backward the same transfers run the other way around.
@@ -29,12 +29,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import interleaved, print_table, ratios, summary
-from malora_dist.methods.maths import route
 from models import spawn
 
 from malora_dist.config import Config
-from malora_dist.exchange.all_to_all import AllToAllDispatcher
-from malora_dist.kernels.experts import Columns, add_experts, add_rows
+from malora_dist.exchange.all_to_all import AllToAll
+from malora_dist.kernels.columns import Columns
+from malora_dist.kernels.experts import ExpertWeights, add_experts, add_rows
+from malora_dist.methods.routing import route
 from malora_dist.parallel import topology as layout
 
 EP = 2
@@ -50,16 +51,17 @@ class LinearWorker:
 
     def make(self, hidden: int) -> None:
         """Random tensors: x [T, hidden] and z of this process's tokens, weights of its experts."""
-        spec = Config()
+        config = Config()
+        method = config.declared
         generator = torch.Generator().manual_seed(dist.get_rank())
         normal = partial(torch.randn, generator=generator)
-        local = spec.num_experts // EP
-        self._dispatcher = AllToAllDispatcher(spec.num_experts, self._topology.ep_group)
-        self._x_TI, self._weight_MI = normal(TOKENS, hidden), normal(hidden, hidden)
-        self._z_TZ = normal(TOKENS, spec.shared_dim)
-        self._routing = route(normal(TOKENS, spec.num_experts), spec.topk, spec.norm_topk_prob)
-        self._down_ERZ = normal(local, spec.expert_rank, spec.shared_dim)
-        self._up_EMR = normal(local, hidden, spec.expert_rank)
+        local = method.num_experts // EP
+        self._exchange = AllToAll(method.num_experts, self._topology.ep_group, self._topology.device)
+        self._x_TI, self._weight_OI = normal(TOKENS, hidden), normal(hidden, hidden)
+        self._z_TD = normal(TOKENS, config.shared_dim)
+        self._routing = route(normal(TOKENS, method.num_experts), config.topk, config.norm_topk_prob)
+        down_ERD, up_EOR = normal(local, method.rank, config.shared_dim), normal(local, hidden, method.rank)
+        self._weights = ExpertWeights(down_ERD, [up_EOR], blocks=1, scaling=method.scaling)
         self._columns = Columns(1, 0, hidden)
         for part in PARTS:
             self.run([part])
@@ -74,31 +76,28 @@ class LinearWorker:
         return time.perf_counter() - began
 
     def _gemm(self) -> None:
-        self._y_TM = F.linear(self._x_TI, self._weight_MI)
+        self._y_TO = F.linear(self._x_TI, self._weight_OI)
 
     def _out(self) -> None:
-        (self._arrived,) = self._dispatcher.dispatch([self._z_TZ], [self._routing])
+        (self._arrived,) = self._exchange.dispatch([self._z_TD], [self._routing])
 
     def _experts(self) -> None:
-        arrived = self._arrived
-        y_WM = arrived.rows_WZ.new_zeros(arrived.rows_WZ.shape[0], self._up_EMR.shape[1])
-        self._y_WM = add_experts(
-            "auto", y_WM, arrived.rows_WZ, arrived.gates_WJ, arrived.experts_WJ, self._down_ERZ, [self._up_EMR], 2.0,
-            self._columns,
-        )  # fmt: skip
+        tokens = self._arrived.tokens
+        rows = tokens.z_TD.new_zeros(tokens.z_TD.shape[0], self._columns.width)
+        self._rows = add_experts("auto", rows, self._columns, tokens, self._weights)
 
     def _start_back(self) -> None:
-        self._wait = self._dispatcher.send_back(self._y_WM, self._arrived)
+        self._wait = self._exchange.send_back(self._rows, self._arrived)
 
     def _wait_back(self) -> None:
-        self._rows_SM, self._token_S = self._wait()
+        self._returned, self._token_of_row = self._wait()
 
     def _back(self) -> None:
         self._start_back()
         self._wait_back()
 
     def _sum(self) -> None:
-        add_rows(self._y_TM, self._rows_SM, self._token_S, self._columns)
+        add_rows(self._y_TO, self._returned, self._token_of_row, self._columns)
 
 
 ORDERS = {

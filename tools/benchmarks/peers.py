@@ -2,11 +2,12 @@
 
     python tools/benchmarks/peers.py
 
-Five contenders train on the same random Llama and the same samples, adapters on all seven projections:
+Five contenders train on the same random Llama and the same samples, at the ranks and on the projections of a setting
+(settings.py; default: the paper's, in which all train about as many parameters):
 
 - base: the frozen model alone, forward and backward to its embedded tokens; the reference, it learns nothing
-- peft_lora: Hugging Face PEFT, one LoRA of r=8, in a plain torch loop
-- loop_molora: 8 LoRA experts of r=8, top-2, computed one expert after the other, in the same loop
+- peft_lora: Hugging Face PEFT, one LoRA, in a plain torch loop
+- loop_molora: 8 LoRA experts, top-2, computed one expert after the other, in the same loop
 - tuner: malora_dist.hf, MALoRA with 8 experts, top-2, in the same loop
 - trainer: malora_dist.train's Trainer on megatron-core, the same MALoRA, one process
 
@@ -42,16 +43,15 @@ import torch
 from common import headline, interleaved, print_table, ratios, summary, write_results
 from models import Inputs, build_trainer, llama_like, peak_memory, spawn, write_inputs
 from peft import LoraConfig, get_peft_model
+from settings import SETTINGS, Setting
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from malora_dist.hf import MaloraConfig
-from malora_dist.methods.spec import PROJECTIONS, AdapterSpec
+from malora_dist.methods.spec import AdapterSpec
 from malora_dist.parallel import topology as layout
 
-#: The mixture of all three that have one: the defaults of malora_dist, written out.
-MIXTURE: dict[str, Any] = {"lora_rank": 8, "lora_alpha": 16.0, "num_lora_experts": 8, "topk": 2, "aux_loss_coeff": 0.01}
 LEARNING_RATE, CLIP = 3e-4, 1.0
 IGNORED_LABEL = -100
 
@@ -71,7 +71,7 @@ class LoopMolora(nn.Module):
     def __init__(self, base: nn.Linear, spec: AdapterSpec) -> None:
         super().__init__()
         self.base, self.spec = base, spec
-        n, m, r = base.in_features, base.out_features, spec.lora_rank
+        n, m, r = base.in_features, base.out_features, spec.declared.rank
         self.router = nn.Linear(n, spec.num_lora_experts, bias=False)
         self.down = nn.ModuleList(nn.Linear(n, r, bias=False) for _ in range(spec.num_lora_experts))
         self.up = nn.ModuleList(nn.Linear(r, m, bias=False) for _ in range(spec.num_lora_experts))
@@ -90,7 +90,7 @@ class LoopMolora(nn.Module):
             delta.index_add_(0, chosen, up(down(tokens[chosen])) * gates[chosen, slot, None])
         share = experts.flatten().bincount(minlength=len(self.up)) / experts.numel()
         self.balance = self.spec.aux_loss_coeff * len(self.up) * (share * probs.mean(dim=0)).sum()
-        return self.base(x) + self.spec.scaling * delta.view(*x.shape[:-1], -1)
+        return self.base(x) + self.spec.declared.scaling * delta.view(*x.shape[:-1], -1)
 
 
 def load_base(inputs: Inputs) -> LlamaForCausalLM:
@@ -101,12 +101,11 @@ def load_base(inputs: Inputs) -> LlamaForCausalLM:
     return model.train().requires_grad_(False)
 
 
-def with_loop_molora(base: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The Llama with a LoopMolora in place of every projection."""
-    spec = AdapterSpec(method="molora", **MIXTURE)
+def with_loop_molora(base: LlamaForCausalLM, spec: AdapterSpec) -> LlamaForCausalLM:
+    """The Llama with a LoopMolora in place of every adapted projection."""
     for layer in base.model.layers:
         for parent in (layer.self_attn, layer.mlp):
-            for name in PROJECTIONS:
+            for name in spec.projections:
                 if hasattr(parent, name):
                     setattr(parent, name, LoopMolora(getattr(parent, name), spec))
     return base
@@ -195,11 +194,11 @@ class FrozenBase(Contender):
 class OurTrainer(Contender):
     """malora_dist's Trainer; it also makes its batches, which the others copy."""
 
-    def __init__(self, inputs: Inputs, micro_batch_size: int) -> None:
-        adapter = [f"{key}={value}" for key, value in MIXTURE.items()]
+    def __init__(self, inputs: Inputs, setting: Setting, micro_batch_size: int) -> None:
+        adapter = setting.overrides("malora")
         loop = [f"lr={LEARNING_RATE}", "lr_decay_style=constant", f"clip_grad={CLIP}", "device=cpu"]
         sizes = {"micro_batch_size": micro_batch_size, "global_batch_size": micro_batch_size}
-        self.trainer = build_trainer(inputs.overrides("method=malora", *adapter, *loop, **sizes))
+        self.trainer = build_trainer(inputs.overrides(*adapter, *loop, **sizes))
         super().__init__(self.trainer.trained.model)
 
     def step(self) -> None:
@@ -219,7 +218,7 @@ class OurTrainer(Contender):
         return found
 
 
-def make_contender(name: str, inputs: Inputs, batches: Sequence[Batch]) -> Contender:
+def make_contender(name: str, inputs: Inputs, setting: Setting, batches: Sequence[Batch]) -> Contender:
     """A contender by its name in the table.
 
     Raises:
@@ -227,17 +226,23 @@ def make_contender(name: str, inputs: Inputs, batches: Sequence[Batch]) -> Conte
     """
     torch.manual_seed(0)
     if name == "trainer":
-        return OurTrainer(inputs, len(batches[0]["labels"]))
+        return OurTrainer(inputs, setting, len(batches[0]["labels"]))
     base = load_base(inputs)
     if name == "base":
         return FrozenBase(base, batches)
     if name == "loop_molora":
-        model = with_loop_molora(base)
+        model = with_loop_molora(base, setting.spec("molora"))
         loops = [module for module in model.modules() if isinstance(module, LoopMolora)]
         return PlainLoop(model, batches, lambda: torch.stack([loop.balance for loop in loops]).sum())
+    lora = setting.spec("lora")
     config = {
-        "peft_lora": LoraConfig(r=8, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"),
-        "tuner": MaloraConfig(method="malora", task_type="CAUSAL_LM", **MIXTURE),
+        "peft_lora": LoraConfig(
+            r=lora.declared.rank,
+            lora_alpha=int(lora.declared.alpha),
+            target_modules=list(lora.projections),
+            task_type="CAUSAL_LM",
+        ),
+        "tuner": MaloraConfig(task_type="CAUSAL_LM", **setting.keys("malora")),
     }[name]
     return PlainLoop(get_peft_model(base, config), batches, lambda: 0.0)
 
@@ -256,20 +261,22 @@ def check_same_start(contenders: dict[str, Contender]) -> None:
         raise RuntimeError(f"the contenders do not start at the same loss: {losses}")
 
 
-def peak_in_own_process(name: str, inputs: Inputs, batches: Sequence[Batch], threads: int) -> int:
+def peak_in_own_process(name: str, inputs: Inputs, setting: Setting, batches: Sequence[Batch], threads: int) -> int:
     """Bytes, see :func:`models.peak_memory`."""
-    with spawn(partial(make_contender, name, inputs, batches), 1, threads, for_memory=True) as process:
+    with spawn(partial(make_contender, name, inputs, setting, batches), 1, threads, for_memory=True) as process:
         (peak,) = process.call("peak_memory")
     return peak
 
 
-def measure(inputs: Inputs, micro_batch_size: int, rounds: int, threads: int) -> dict[str, dict[str, Any]]:
+def measure(
+    inputs: Inputs, setting: Setting, micro_batch_size: int, rounds: int, threads: int
+) -> dict[str, dict[str, Any]]:
     """{contender: seconds of each round, peak bytes, trainable parameters}."""
-    trainer = OurTrainer(inputs, micro_batch_size)
+    trainer = OurTrainer(inputs, setting, micro_batch_size)
     try:
         batches = trainer.batches(8)
         contenders: dict[str, Contender] = {
-            name: make_contender(name, inputs, batches) for name in CONTENDERS if name != "trainer"
+            name: make_contender(name, inputs, setting, batches) for name in CONTENDERS if name != "trainer"
         } | {"trainer": trainer}
         check_same_start(contenders)
         seconds = interleaved({name: contender.seconds for name, contender in contenders.items()}, rounds, warmup=2)
@@ -277,7 +284,7 @@ def measure(inputs: Inputs, micro_batch_size: int, rounds: int, threads: int) ->
         layout.destroy()
     trainable = {name: contender.trainable for name, contender in contenders.items()}
     del trainer, contenders  # room for the processes below
-    peaks = {name: peak_in_own_process(name, inputs, batches, threads) for name in CONTENDERS}
+    peaks = {name: peak_in_own_process(name, inputs, setting, batches, threads) for name in CONTENDERS}
     return {
         name: {"seconds": seconds[name], "peak_bytes": peaks[name], "trainable_parameters": trainable[name]}
         for name in CONTENDERS
@@ -288,6 +295,7 @@ def parse() -> argparse.Namespace:
     """Options; the default takes about three minutes on two cores."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=SETTINGS, default="paper", help="ranks and projections (default: paper)")
     parser.add_argument("--hidden", type=int, default=512, help="width of the model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=32000, help="Llama 2's (default: %(default)s)")
@@ -328,7 +336,7 @@ def main() -> None:
     config = llama_like(args.hidden, args.layers, args.vocab, head_dim=64)
     with tempfile.TemporaryDirectory(prefix="malora-peers-") as scratch:
         inputs = write_inputs(Path(scratch), config, args.tokens, answers=args.answers)
-        figures = measure(inputs, args.micro_batch_size, args.rounds, args.threads)
+        figures = measure(inputs, SETTINGS[args.setting], args.micro_batch_size, args.rounds, args.threads)
 
     ratio_of = report(figures, args.micro_batch_size * args.tokens)
     setting = {key: value for key, value in vars(args).items() if key != "output"}

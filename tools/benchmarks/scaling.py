@@ -11,10 +11,11 @@ scaling_cluster.py; each rate is an option (`--network 25e9`), and the first tab
     malora all_to_all, malora gather, malora auto    MALoRA with this `dispatch`
     float32 router     auto, were x copied to float32 for the router: what splitting the router saves
 
-Each method runs in its own fastest layout that fits into memory, TP x PP x EP (R: with recompute), with `--ep`
-expert-parallel ranks or more, or as many as plain LoRA has data-parallel ranks; experts are computed in the cheaper
-form. Weak scaling is `--tokens-per-gpu` a step, strong scaling `--global-tokens` a step. Results:
-tools/benchmarks/results/scaling.json. The figure needs matplotlib. Takes a few seconds on one core.
+Ranks and projections are those of the paper (settings.py). Each method runs in its own fastest layout that fits into
+memory, TP x PP x EP (R: with recompute), with `--ep` expert-parallel ranks or more, or as many as plain LoRA has
+data-parallel ranks; experts are computed in the cheaper form. Weak scaling is `--tokens-per-gpu` a step, strong scaling
+`--global-tokens` a step. Results: tools/benchmarks/results/scaling.json. The figure needs matplotlib. Takes ten
+seconds or so on one core.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from common import RESULTS, headline, print_table, write_results
 from scaling_cluster import Cluster
 from scaling_measured import Measured, measured_parts, measured_rates
 from scaling_model import Bytes, Times
-from scaling_parts import Method, Model, dispatch_of
+from scaling_parts import Contender, Model, dispatch_of
 from scaling_search import Job, Run, best, crossovers, sent_bytes
+from settings import SETTINGS
 
 from malora_dist.methods.spec import AdapterSpec
 
@@ -45,31 +47,36 @@ POWERS = tuple(2**i for i in range(3, 13))
 Runs = dict[int, dict[str, Run | None]]
 
 
-def methods(num_experts: int) -> list[Method]:
-    """What is compared, at the trainer's default ranks; the first is what the others are held against."""
-    molora, malora = (AdapterSpec(method=name, num_lora_experts=num_experts) for name in ("molora", "malora"))
+def spec(method: str, num_experts: int) -> AdapterSpec:
+    """Of the paper's setting, with so many experts."""
+    return SETTINGS["paper"].spec(method, num_lora_experts=num_experts)
+
+
+def contenders(num_experts: int) -> list[Contender]:
+    """What is compared; the first is what the others are held against."""
+    lora, molora, malora = (spec(method, num_experts) for method in ("lora", "molora", "malora"))
     return [
-        Method("lora", AdapterSpec(method="lora"), "local"),
-        Method("molora x-wide", molora, "all_to_all", token_dispatch=True),
-        Method("molora gather", molora, "gather_experts"),
-        Method("malora EP=1", malora, "local"),
-        Method("malora all_to_all", malora, "all_to_all"),
-        Method("malora gather", malora, "gather_experts"),
-        Method("malora auto", malora, "auto"),
-        Method("float32 router", malora, "auto", float32_router=True),
+        Contender("lora", lora, "local"),
+        Contender("molora x-wide", molora, "all_to_all", token_dispatch=True),
+        Contender("molora gather", molora, "gather_experts"),
+        Contender("malora EP=1", malora, "local"),
+        Contender("malora all_to_all", malora, "all_to_all"),
+        Contender("malora gather", malora, "gather_experts"),
+        Contender("malora auto", malora, "auto"),
+        Contender("float32 router", malora, "auto", float32_router=True),
     ]
 
 
 def compare(
     cluster: Cluster, model: Model, job: Job, num_experts: int, gpus: int, tokens: int
 ) -> dict[str, Run | None]:
-    """{method: its best run}; with fewer expert-parallel ranks where plain LoRA has no more data-parallel ones."""
-    lora, *others = methods(num_experts)
+    """{contender: its best run}; with fewer expert-parallel ranks where plain LoRA has no more data-parallel ones."""
+    lora, *others = contenders(num_experts)
     reference = best(cluster, model, lora, job, gpus, tokens)
     if reference is None:
-        return {method.name: None for method in methods(num_experts)}
+        return {contender.name: None for contender in contenders(num_experts)}
     limited = replace(job, ep=min(job.ep, reference.layout.dp))
-    return {lora.name: reference} | {m.name: best(cluster, model, m, limited, gpus, tokens) for m in others}
+    return {lora.name: reference} | {c.name: best(cluster, model, c, limited, gpus, tokens) for c in others}
 
 
 def ratio(runs: Mapping[str, Run | None], name: str, reference: str = "lora") -> float | None:
@@ -97,9 +104,10 @@ def print_runs(title: str, first: str, model: Model, by: Runs) -> None:
 
 
 def gathering(model: Model, run: Run) -> str:
-    """How many of a layer's linears gather their experts."""
-    gathered = sum(dispatch_of(run.method, linear, run.layout) == "gather_experts" for linear in model.linears)
-    return f"{gathered} of {len(model.linears)}" if run.layout.ep > 1 else "local"
+    """How many of a layer's adapted linears gather their experts."""
+    linears = model.adapted(run.contender.spec)
+    gathered = sum(dispatch_of(run.contender, linear, run.layout) == "gather_experts" for linear in linears)
+    return f"{gathered} of {len(linears)}" if run.layout.ep > 1 else "local"
 
 
 def print_parts(title: str, runs: Mapping[str, Run | None]) -> None:
@@ -150,10 +158,10 @@ def print_traffic(num_experts: int, ep: int, tokens: int) -> None:
     """Bytes by dispatch: why gathering wins at few experts."""
     print(f"\nMB a rank sends in a step for dispatch, N {num_experts}, EP {ep}, {tokens} tokens of its own (modelled)")
     rows = []
-    for method in methods(num_experts):
-        if method.dispatch in ("all_to_all", "gather_experts"):
-            sent = [sent_bytes(model, method.spec, method.dispatch, ep, tokens) for model in MODELS]
-            rows.append([method.name, *(f"{nbytes / 1e6:,.0f}" for nbytes in sent)])
+    for contender in contenders(num_experts):
+        if contender.dispatch in ("all_to_all", "gather_experts"):
+            sent = [sent_bytes(model, contender.spec, contender.dispatch, ep, tokens) for model in MODELS]
+            rows.append([contender.name, *(f"{nbytes / 1e6:,.0f}" for nbytes in sent)])
     print_table(["method", *(model.name for model in MODELS)], rows)
 
 
@@ -161,8 +169,8 @@ def print_crossovers(cluster: Cluster, model: Model, job: Job, per_step: int) ->
     """Where all_to_all begins to win; returns {"EP and tokens": crossovers}."""
     print(f"\nLlama-3 {model.name}: experts from which all_to_all beats gather_experts, TP and PP 1 (modelled)")
 
-    def malora(experts: int, dispatch: str) -> Method:
-        return Method(dispatch, AdapterSpec(num_lora_experts=experts), dispatch)
+    def malora(experts: int, dispatch: str) -> Contender:
+        return Contender(dispatch, spec("malora", experts), dispatch)
 
     rows, found = [], {}
     for ep in sorted({2, 4, 8, 16, 64, job.ep} - {1}):

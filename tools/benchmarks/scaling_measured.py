@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from models import llama_like
 from scaling_cluster import Cluster
 from scaling_parts import FP32, Model
 from scaling_search import sent_bytes
@@ -60,17 +61,15 @@ def _steps(found: dict[str, Any], cluster: Cluster) -> Iterator[Measured]:
     """Step times over those of the counted operations."""
     source = f"step_time.json, {found['device']}"
     for label, methods in found["figures"].items():
-        for name in ("malora", "molora"):
-            ratio = methods[name]["to_lora"]["median"] / methods[name]["floor"]
-            yield Measured(f"{name}/lora over the ratio of their operations, {label}", ratio, 1.0, source)
+        for name, figures in methods.items():
+            if name != "lora" and "to_lora" in figures:
+                ratio = figures["to_lora"]["median"] / figures["floor"]
+                yield Measured(f"{name}/lora over the ratio of their operations, {label}", ratio, 1.0, source)
 
 
 def _dispatches(found: dict[str, Any], cluster: Cluster) -> Iterator[Measured]:
     """Bytes counted over those of the formulas, and how much of a transfer the GEMM beside it hid."""
-    hidden = found["hidden_size"]
-    head_dim = min(hidden, 128)
-    heads, ffn = hidden // head_dim, -(-8 * hidden // 768) * 256
-    model = Model("", hidden, ffn, found["layers"], heads, heads, head_dim=head_dim)
+    model = Model.of(llama_like(found["hidden_size"], found["layers"]))
     for way, (method, dispatch) in WAYS.items():
         ratios = []
         for ep, of_experts in found["steps"].items():

@@ -1,16 +1,18 @@
-"""What scaling.py compares: models, methods, layouts, and how many numbers of each a rank trains or gathers."""
+"""What scaling.py compares: models, contenders, layouts, and how many numbers of each a rank trains or gathers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from malora_dist.exchange.cost import AdapterShape
 from scaling_cluster import Group
+from transformers import LlamaConfig
 
-from malora_dist.exchange import cost
-from malora_dist.methods.spec import AdapterSpec
+from malora_dist.exchange.base import EXCHANGES, Site
+from malora_dist.exchange.plan import cheapest_exchange
+from malora_dist.methods.base import Style
+from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 
 BF16, FP32 = 2, 4
 
@@ -22,12 +24,18 @@ class Linear:
     name: str
     in_features: int
     widths: tuple[int, ...]
-    is_column: bool
+    style: Style
 
-    def shapes(self, spec: AdapterSpec, tp: int) -> list[AdapterShape]:
-        """Its adapters: one per projection, or with ``fuse_projections`` one."""
-        outs = (sum(self.widths),) if spec.fuse_projections else self.widths
-        return [AdapterShape(self.in_features, m, self.is_column, tp) for m in outs]
+    def sites(self, spec: AdapterSpec, tp: int, ep: int, tokens: int, itemsize: int = BF16) -> list[Site]:
+        """Its adapters on one rank: one per adapted projection, or with ``fuse_projections`` one.
+
+        Args:
+            tokens: of one data-parallel rank, in whatever the site's bytes are asked for.
+        """
+        width_of = dict(zip(MEGATRON_LINEARS[self.name], self.widths, strict=True))
+        served = [projections for _, projections in spec.adapters if projections[0] in width_of]
+        outs = [sum(width_of[projection] for projection in projections) for projections in served]
+        return [Site(spec.declared, self.in_features, m, self.style, tp, ep, tokens, itemsize) for m in outs]
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,27 @@ class Model:
     vocab: int = 128256
     head_dim: int = 128
 
+    @classmethod
+    def of(cls, hf: LlamaConfig) -> Model:
+        """A Llama that other benchmarks train."""
+        assert hf.head_dim is not None, "transformers fills it in"
+        heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
+        widths = (hf.hidden_size, hf.intermediate_size, hf.num_hidden_layers, heads, kv_heads)
+        return cls("", *widths, vocab=hf.vocab_size, head_dim=hf.head_dim)
+
     @cached_property
     def linears(self) -> tuple[Linear, ...]:
         h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         return (
-            Linear("linear_qkv", h, (q, kv, kv), is_column=True),
-            Linear("linear_proj", q, (h,), is_column=False),
-            Linear("linear_fc1", h, (self.ffn, self.ffn), is_column=True),
-            Linear("linear_fc2", self.ffn, (h,), is_column=False),
+            Linear("linear_qkv", h, (q, kv, kv), style="column"),
+            Linear("linear_proj", q, (h,), style="row"),
+            Linear("linear_fc1", h, (self.ffn, self.ffn), style="column"),
+            Linear("linear_fc2", self.ffn, (h,), style="row"),
         )
+
+    def adapted(self, spec: AdapterSpec) -> list[Linear]:
+        """The linears with adapters."""
+        return [linear for linear in self.linears if linear.sites(spec, 1, 1, 1)]
 
     @property
     def layer_numbers(self) -> int:
@@ -59,14 +79,14 @@ class Model:
         return sum(linear.in_features * sum(linear.widths) for linear in self.linears)
 
 
-@dataclass(frozen=True)
-class Method:
+@dataclass(frozen=True, eq=False)  # by identity: a key of a cache
+class Contender:
     """An adapter and a value of the config key ``dispatch``.
 
     Attributes:
         token_dispatch: the usual form of a mixture, always sorted by expert; else the cheaper of the two forms.
         float32_router: what if x were copied to float32 for the router and multiplied there, as is usual? Else the
-            router is three bfloat16 parts in the product that reads x for S_A, malora_dist/kernels/experts.py:
+            router is three bfloat16 parts in the product that reads x for S_A, malora_dist/kernels/project.py:
             backward splits the gradient of the logits for the weights' gradient, not for that of x.
     """
 
@@ -115,28 +135,40 @@ class Layout:
         }[name]
 
 
-def dispatch_of(method: Method, linear: Linear, layout: Layout) -> str:
+@lru_cache(maxsize=1024)
+def sites_of(contender: Contender, linear: Linear, layout: Layout) -> list[Site]:
+    """The adapters of one linear, with the tokens of a step."""
+    return linear.sites(contender.spec, layout.tp, layout.ep, layout.tokens // layout.dp)
+
+
+def dispatch_of(contender: Contender, linear: Linear, layout: Layout) -> str:
     """What ``dispatch`` comes to on one linear, as the trainer decides it: by the largest adapter."""
-    if layout.ep == 1 or not method.spec.is_mixture:
+    sites = sites_of(contender, linear, layout)
+    if layout.ep == 1 or not contender.spec.is_mixture or not sites:
         return "local"
-    if method.dispatch != "auto":
-        return method.dispatch
-    largest = max(linear.shapes(method.spec, layout.tp), key=lambda shape: shape.out_features)
-    return cost.cheaper_dispatch(method.spec, largest, layout.ep, layout.tokens // layout.dp, BF16)
+    if contender.dispatch != "auto":
+        return contender.dispatch
+    return cheapest_exchange(max(sites, key=lambda site: site.out_features))
 
 
-def down_width(spec: AdapterSpec, in_features: int) -> int:
-    """Width of what an expert's first factor reads: d, n, or none for LoRA, whose A is counted as the projection."""
-    return {"malora": spec.shared_dim, "molora": in_features}.get(spec.method, 0)
+def projected_width(site: Site) -> int:
+    """Rows of what multiplies every token before dispatch: S_A, LoRA's A; none where x itself is sent."""
+    return 0 if site.method.sent == "in" else site.sent_width
 
 
-def project_width(spec: AdapterSpec) -> int:
-    """Rows of what every token is multiplied with: S_A, LoRA's A, or nothing."""
-    return {"malora": spec.shared_dim, "molora": 0}.get(spec.method, spec.expert_rank)
+def numbers_at_hand(site: Site, name: str, ep: int) -> float:
+    """Of a parameter, on one rank that computes with 1 / EP of its experts.
+
+    Beside a row-parallel linear an expert's parameter that meets x itself is gathered over TP: tokens come whole.
+    """
+    param = site.method.parameters[name]
+    shares = ep if param.is_expert else 1
+    is_gathered = param.is_expert and site.style == "row" and "in" in param.axes
+    return site.numbers(name) * (site.tensor_parallel if is_gathered else 1) / shares
 
 
 class Numbers(NamedTuple):
-    """Trained numbers on one rank, of all its layers."""
+    """Trained numbers on one rank."""
 
     replicated: float
     experts: float
@@ -149,28 +181,31 @@ class Numbers(NamedTuple):
         return self.replicated / layout.group("dp").size + self.experts / layout.group("edp").size
 
 
-def trained_numbers(model: Model, method: Method, layout: Layout) -> Numbers:
-    """S_A, routers and LoRA are replicated over DP, experts sharded over EP; over TP as docs/architecture.md says."""
-    spec, tp = method.spec, layout.tp
+@lru_cache(maxsize=1024)
+def layer_numbers(model: Model, contender: Contender, tp: int, ep: int) -> Numbers:
+    """What has an expert axis is sharded over EP, what else there is replicated over DP; over TP as its axes say."""
     replicated = experts = over_tp = 0.0
     for linear in model.linears:
-        shapes = linear.shapes(spec, tp)
-        at_hand = float(sum(cost.gathered_numbers(spec, shape) for shape in shapes))
-        if not spec.is_mixture:
-            replicated += at_hand
-            over_tp += sum(spec.expert_rank * (s.in_features if s.is_column else s.out_features) for s in shapes)
-            continue
-        rows = len(shapes) * (project_width(spec) + spec.num_experts)
-        shared = rows * linear.in_features / (1 if linear.is_column else tp)
-        replicated += shared
-        experts += at_hand / layout.ep
-        over_tp += shared if linear.is_column else at_hand / layout.ep
-    per_rank = model.layers / layout.pp
-    return Numbers(replicated * per_rank, experts * per_rank, over_tp * per_rank)
+        for site in linear.sites(contender.spec, tp, ep, 1):
+            for name, param in site.method.parameters.items():
+                numbers = site.numbers(name) / (ep if param.is_expert else 1) * site.method.is_trained(name)
+                experts += numbers if param.is_expert else 0
+                replicated += 0 if param.is_expert else numbers
+                over_tp += numbers if param.placement(site.style).tp_axis is None else 0
+    return Numbers(replicated, experts, over_tp)
 
 
-def gathered_bytes(model: Model, method: Method, layout: Layout) -> float:
-    """Bytes of the full copies of experts that gather_experts makes on a rank; their gradients take as much again."""
-    gathered = [linear for linear in model.linears if dispatch_of(method, linear, layout) == "gather_experts"]
-    shapes = [shape for linear in gathered for shape in linear.shapes(method.spec, layout.tp)]
-    return model.layers / layout.pp * sum(cost.gathered_memory(method.spec, shape) / 2 for shape in shapes)
+def trained_numbers(model: Model, contender: Contender, layout: Layout) -> Numbers:
+    """Of all layers of a stage."""
+    of_layer = layer_numbers(model, contender, layout.tp, layout.ep)
+    return Numbers(*(number * model.layers / layout.pp for number in of_layer))
+
+
+def held_bytes(model: Model, contender: Contender, layout: Layout) -> float:
+    """Bytes of the copies of experts, and their gradients, that a rank holds through a step."""
+    held = sum(
+        EXCHANGES[dispatch_of(contender, linear, layout)].bytes_held(site)
+        for linear in model.linears
+        for site in sites_of(contender, linear, layout)
+    )
+    return model.layers / layout.pp * held

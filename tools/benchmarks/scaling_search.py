@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from scaling_cluster import Cluster
 from scaling_model import Bytes, Times, memory, step_time
-from scaling_parts import BF16, Layout, Method, Model, dispatch_of
+from scaling_parts import BF16, Contender, Layout, Model, dispatch_of
 
-from malora_dist.exchange import cost
+from malora_dist.exchange.base import EXCHANGES
 from malora_dist.methods.spec import AdapterSpec
 
 TENSOR_PARALLEL, PIPELINE_PARALLEL = (1, 2, 4, 8), (1, 2, 4, 8, 16)
@@ -44,7 +44,7 @@ class Job:
 class Run:
     """A method in one layout."""
 
-    method: Method
+    contender: Contender
     layout: Layout
     times: Times
     memory: Bytes
@@ -56,36 +56,34 @@ class Run:
 
 
 def candidates(
-    cluster: Cluster, model: Model, method: Method, job: Job, gpus: int, tokens: int
+    cluster: Cluster, model: Model, contender: Contender, job: Job, gpus: int, tokens: int
 ) -> Iterator[list[Layout]]:
     """Layouts, one list for each (TP, PP): first those without recompute, and from the least EP up."""
     for tp, pp in itertools.product(TENSOR_PARALLEL, PIPELINE_PARALLEL):
         dp = gpus // (tp * pp)
         if tp > cluster.gpus_per_node or model.layers % pp or dp * job.micro_tokens > tokens:
             continue
-        experts = method.spec.num_experts if method.dispatch != "local" else 1
+        experts = contender.spec.num_experts if contender.dispatch != "local" else 1
         sizes = [2**i for i in range(12) if min(job.ep, experts) <= 2**i <= min(experts, dp)]
         yield [job.layout(gpus, tp, pp, ep, tokens, recompute) for recompute in (False, True) for ep in sizes]
 
 
-def best(cluster: Cluster, model: Model, method: Method, job: Job, gpus: int, tokens: int) -> Run | None:
+def best(cluster: Cluster, model: Model, contender: Contender, job: Job, gpus: int, tokens: int) -> Run | None:
     """The fastest of the layouts that fit; of one (TP, PP) the first that does. None: no layout fits."""
     runs = []
-    for layouts in candidates(cluster, model, method, job, gpus, tokens):
+    for layouts in candidates(cluster, model, contender, job, gpus, tokens):
         for layout in layouts:
-            size = memory(cluster, model, method, layout)
+            size = memory(cluster, model, contender, layout)
             if size.total <= cluster.memory:
-                runs.append(Run(method, layout, step_time(cluster, model, method, layout), size))
+                runs.append(Run(contender, layout, step_time(cluster, model, contender, layout), size))
                 break
     return min(runs, key=lambda run: run.times.total, default=None)
 
 
 def sent_bytes(model: Model, spec: AdapterSpec, dispatch: str, ep: int, tokens: int, itemsize: int = BF16) -> float:
     """Bytes one rank sends in a step, TP and PP 1; `tokens`: its own, of the step."""
-    shapes = [shape for linear in model.linears for shape in linear.shapes(spec, 1)]
-    if dispatch == "gather_experts":
-        return model.layers * sum(cost.gather_experts_bytes(spec, shape, ep) for shape in shapes)
-    return model.layers * sum(cost.all_to_all_bytes(spec, shape, ep, tokens, itemsize) for shape in shapes)
+    sites = [site for linear in model.linears for site in linear.sites(spec, 1, ep, tokens, itemsize)]
+    return model.layers * sum(EXCHANGES[dispatch].bytes_sent(site) for site in sites)
 
 
 def first_multiple(holds: Callable[[int], bool], ep: int, most: int = 65536) -> int | None:
@@ -102,14 +100,14 @@ def first_multiple(holds: Callable[[int], bool], ep: int, most: int = 65536) -> 
 
 
 def crossovers(
-    cluster: Cluster, model: Model, malora: Callable[[int, str], Method], job: Job, ep: int, tokens: int
+    cluster: Cluster, model: Model, malora: Callable[[int, str], Contender], job: Job, ep: int, tokens: int
 ) -> dict[str, int | None]:
     """Experts from which all_to_all sends less, takes less time, and is what ``auto`` takes, for one linear or for all.
 
     TP and PP are 1 and memory is no limit.
 
     Args:
-        malora: the method of so many experts and that ``dispatch``.
+        malora: the contender of so many experts and that ``dispatch``.
         tokens: of one data-parallel rank in one step.
     """
     layout = job.layout(ep, 1, 1, ep, tokens * ep)
@@ -121,11 +119,12 @@ def crossovers(
 
     def is_faster(experts: int) -> bool:
         ways = [malora(experts, dispatch) for dispatch in ("all_to_all", "gather_experts")]
-        times = [step_time(cluster, model, method, layout).total for method in ways]
+        times = [step_time(cluster, model, contender, layout).total for contender in ways]
         return times[0] < times[1]
 
     def taken(experts: int) -> list[bool]:
-        return [dispatch_of(malora(experts, "auto"), linear, layout) == "all_to_all" for linear in model.linears]
+        auto = malora(experts, "auto")
+        return [dispatch_of(auto, linear, layout) == "all_to_all" for linear in model.adapted(auto.spec)]
 
     return {
         "bytes": first_multiple(sends_less, ep),

@@ -1,295 +1,179 @@
-"""Step time of LoRA, asymmetric LoRA, MoLoRA and MALoRA on the same Llama, as ratios beside their FLOP floors.
+"""Step time of every method on the same Llama, as ratios to LoRA's and MALoRA's beside their floors in operations.
 
     python tools/benchmarks/step_time.py
+    python tools/benchmarks/step_time.py --setting rank8
     python tools/benchmarks/step_time.py --device cuda --bf16 --shape llama3-8b --layers 2 --tokens 8192
     python tools/benchmarks/step_time.py --experts 8,512 --shape llama3-8b --vocab 1024 --tokens 8192 --compute grouped
     python tools/benchmarks/step_time.py --forms
+    python tools/benchmarks/step_time.py --setting rank8 --against OTHER_CHECKOUT --against-keys lora_rank=8
 
 A step is Trainer.train_step: forward, backward, gradient clipping and the optimizer, of a random Llama with Llama 2's
 proportions or a released model's layers. The trainers of all methods are in memory at once and take turns; ratios are
-formed round by round. MoLoRA runs in three forms: the usual token dispatch, in FastMoE's order of operations
-(``molora``, see usual_dispatch.py); our grouped form, which is that without its avoidable passes; and the gated block.
+formed round by round. ``--setting`` is one of settings.py: the ranks of the paper's table 10, or small ones.
+
+    usual_dora      as PEFT computes it: W0 + s B A in every forward (usual_dora.py)
+    dora            norms once a step, without that product
+    usual_molora    the usual token dispatch, in FastMoE's order of operations (usual_dispatch.py)
+    molora          in the form that ``expert_compute: auto`` takes; molora_grouped: sorted by expert
+    malora          likewise
 
 Two floors stand beside a ratio: that of the whole step, from flops.py (frozen linears, attention, output layer and
 adapters, forward and backward), and that of one square linear of the hidden size, which for MALoRA's gated block is
-[2 + 3 (d + N + N r')/h + 3 N r' d/h^2] / [2 + 6 r/h]. Norms, activations and the optimizer are in no floor.
+[2 + 3 (d + N + N r)/h + 3 N r d/h^2] / [2 + 6 r/h], the r below LoRA's own. Normalisation, activations and the
+optimizer are in no floor. Peak memory is what two steps need above the built model, each method in its own process.
 
-Peak memory is what two steps need above the built model, each method in a process of its own.
-
---experts: step time over N at fixed k, relative to the first N, with a router per projection and with
+--experts: MALoRA's step time over N at fixed k, relative to the first N, with a router per projection and with
 fuse_projections. In every form the routers grow with N (in the floor), and so does what is done once a step to every
 parameter: zeroing, adding and clipping gradients, and the optimizer (not in the floor).
 --forms: where the gated block and the grouped form of one adapter cost the same, beside the rule of
 ``expert_compute: auto``.
+--against: the same steps with the package of another checkout of this project, in turns (against.py). Keys that mean
+something else over there are given with --against-keys. Once malora's experts had the rank rank_expansion * lora_rank:
+there `--setting rank8` is `--against-keys lora_rank=8 lora_alpha=16 rank_expansion=1.25`.
 
-Results: tools/benchmarks/results/step_time.json, step_time_experts.json, step_time_forms.json.
+Results: tools/benchmarks/results/step_time.json, or step_time_SETTING.json, step_time_experts.json,
+step_time_forms.json, step_time_against.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import RESULTS, headline, interleaved, print_table, ratios, summary, write_results
-from flops import Form, projection_widths, square_macs, step_flops
-from forms import measure_forms, now
-from models import Inputs, build_trainer, llama_config, llama_like, peak_memory, spawn, write_inputs
+from against import compare_checkouts, print_checkouts
+from common import RESULTS, headline, print_table, ratios, spread, summary, write_results
+from flops import square_macs
+from forms import measure_forms
+from models import llama_config, llama_like
+from settings import SETTINGS, Setting
+from step_experts import FORMS, compare_experts, print_experts
+from steps import Bench, Run
 from transformers import LlamaConfig
 from usual_dispatch import dispatch_as_usual
+from usual_dora import dora_as_usual
 
-from malora_dist.config_file import load_config
 from malora_dist.families.shapes import SHAPES
-from malora_dist.kernels.experts import choose_expert_compute
-from malora_dist.methods.budget import trainable_parameters
-from malora_dist.methods.spec import AdapterSpec
-from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import choose_device
 
-METHODS = {
-    "lora": ["method=lora"],
-    "asymmetric_lora": ["method=asymmetric_lora"],
-    "molora": ["method=molora", "expert_compute=grouped"],
-    "molora_grouped": ["method=molora", "expert_compute=grouped"],
-    "molora_gated_block": ["method=molora", "expert_compute=gated_block"],
-    "malora": ["method=malora"],
+
+class Contender(NamedTuple):
+    """A method, what is set besides its setting's keys, and what computes it in another way."""
+
+    method: str
+    keys: tuple[str, ...] = ()
+    patch: Callable[[Any], None] | None = None
+
+
+CONTENDERS = {
+    "lora": Contender("lora"),
+    "asymmetric_lora": Contender("asymmetric_lora"),
+    "usual_dora": Contender("dora", patch=dora_as_usual),
+    "dora": Contender("dora"),
+    "usual_molora": Contender("molora", ("expert_compute=grouped",), dispatch_as_usual),
+    "molora_grouped": Contender("molora", ("expert_compute=grouped",)),
+    "molora": Contender("molora"),
+    "malora": Contender("malora"),
 }
-MOLORA = ("molora", "molora_grouped", "molora_gated_block")
-USUAL = "molora"  # the one that gets dispatch_as_usual
-FORMS: tuple[Form, ...] = ("gated_block", "grouped")
+METHODS = ("lora", "usual_dora", "dora", "usual_molora", "molora", "malora")
+METHODS_AGAINST = ("lora", "molora", "malora")
 
 
-class Stopwatch:
-    """A function that notes how long each call of it takes."""
+class Bar(NamedTuple):
+    """What the median of a ratio is held against."""
 
-    def __init__(self, function: Callable[..., Any], device: torch.device) -> None:
-        self._function, self._device = function, device
-        self.seconds: list[float] = []
+    limit: float
+    is_upper: bool
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        began = now(self._device)
-        result = self._function(*args, **kwargs)
-        self.seconds.append(now(self._device) - began)
-        return result
-
-    def run(self) -> float:
-        """Call it; the seconds."""
-        self()
-        return self.seconds[-1]
+    def describe(self, ratio: float) -> str:
+        """Whether it is met."""
+        is_met = ratio <= self.limit if self.is_upper else ratio >= self.limit
+        return f"bar {'<=' if self.is_upper else '>='} {self.limit}: {'met' if is_met else 'missed'}"
 
 
-class StepSeconds(NamedTuple):
-    """Of every round."""
-
-    step: list[float]
-    optimizer: list[float]
-
-    @property
-    def rest(self) -> list[float]:
-        """Forward and backward."""
-        return [step - optimizer for step, optimizer in zip(self.step, self.optimizer, strict=True)]
+#: In the setting of the paper.
+BARS = {
+    "malora_over_lora": Bar(1.05, is_upper=True),
+    "usual_molora_over_malora": Bar(1.2, is_upper=False),
+    "usual_dora_over_malora": Bar(1.1, is_upper=False),
+    "dora_over_malora": Bar(1.1, is_upper=False),
+}
 
 
-class Bench:
-    """Trainers of one model that take turns.
-
-    Args:
-        directory: where the Llama and its samples are written.
-        hf: config of that Llama.
-    """
-
-    def __init__(self, directory: Path, hf: LlamaConfig, args: argparse.Namespace) -> None:
-        self.hf, self.tokens, self.seq_length = hf, args.tokens, args.seq_length
-        self.device = choose_device(args.device)
-        self._keys = [f"device={self.device.type}"]
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
-        self._inputs: Inputs = write_inputs(directory, hf, args.seq_length, dtype)
-
-    def overrides(self, keys: Sequence[str]) -> list[str]:
-        """All config keys of a run with these."""
-        rows = self.tokens // self.seq_length
-        return self._inputs.overrides(*self._keys, *keys, micro_batch_size=rows, global_batch_size=rows)
-
-    def floor(self, keys: Sequence[str]) -> float:
-        """Operations of a step with these config keys."""
-        config = load_config(None, keys)
-        form = form_of(config, config.expert_compute, self.device)
-        return step_flops(self.hf, config, form, self.tokens, self.seq_length)
-
-    def step_seconds(self, runs: Mapping[str, Sequence[str]], rounds: int) -> dict[str, StepSeconds]:
-        """{name: each round's seconds} of trainers with these config keys, all in memory at once."""
-        trainers: dict[str, Any] = {}
-        try:
-            for name, keys in runs.items():
-                first = next(iter(trainers.values()), None)
-                trainers[name] = build_trainer(self.overrides(keys), first and first.topology)
-                if name == USUAL:
-                    dispatch_as_usual(trainers[name])
-            optimizers = {name: Stopwatch(t.trained.optimizer.step, self.device) for name, t in trainers.items()}
-            for name, trainer in trainers.items():
-                trainer.trained.optimizer.step = optimizers[name]
-            steps = {name: Stopwatch(t.train_step, self.device).run for name, t in trainers.items()}
-            seconds = interleaved(steps, rounds)
-            return {name: StepSeconds(seconds[name], optimizers[name].seconds[-rounds:]) for name in runs}
-        finally:
-            trainers.clear()
-            gc.collect()
-            layout.destroy()
+def run_of(name: str, setting: Setting, args: argparse.Namespace) -> Run:
+    """A contender in a setting."""
+    contender = CONTENDERS[name]
+    return Run([*setting.overrides(contender.method), *contender.keys, *args.keys], contender.patch)
 
 
-class MemoryProbe:
-    """Lives in a process of its own."""
-
-    def peak_bytes(self, overrides: list[str], as_usual: bool) -> int:
-        """Bytes that two steps need above the built model: activations, gradients, optimizer state, workspaces."""
-        trainer = build_trainer(overrides)
-        if as_usual:
-            dispatch_as_usual(trainer)
-        return peak_memory(lambda: [trainer.train_step() for _ in range(2)], trainer.topology.device)
-
-
-def form_of(spec: AdapterSpec, expert_compute: str, device: torch.device) -> Form:
-    """The form that the experts of every adapter are computed in."""
-    if expert_compute == "auto":
-        expert_compute = choose_expert_compute(spec.num_experts, spec.topk, spec.expert_rank, device.type)
-    return "grouped" if expert_compute == "grouped" else "gated_block"
-
-
-def compare_methods(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """{method: figures}."""
-    seconds = bench.step_seconds(METHODS, args.rounds)
-    width = bench.hf.hidden_size
-    lora = load_config(None, METHODS["lora"])
+def compare_methods(bench: Bench, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """{method: figures}; "lora" and "malora" among the methods are what the others are divided by."""
+    runs = {name: run_of(name, setting, args) for name in args.methods}
+    seconds = bench.step_seconds(runs, args.rounds)
+    operations = {name: bench.operations(run) for name, run in runs.items()}
+    square = {
+        name: square_macs(run.config.declared, bench.hf.hidden_size, bench.form(run)) for name, run in runs.items()
+    }
     figures: dict[str, Any] = {}
-    for name, keys in METHODS.items():
-        spec = load_config(None, keys)
-        form = form_of(spec, spec.expert_compute, bench.device)
+    for name, run in runs.items():
+        parts = seconds[name]
         figures[name] = {
-            "form": form if spec.is_mixture else None,
-            "seconds": summary(seconds[name].step),
-            "optimizer_seconds": summary(seconds[name].optimizer),
-            "to_lora": ratios(seconds[name].step, seconds["lora"].step),
-            "floor": bench.floor(keys) / bench.floor(METHODS["lora"]),
-            "square_floor": square_macs(spec, width, form) / square_macs(lora, width, form),
-            "flop_per_second": bench.floor(keys) / summary(seconds[name].step)["median"],
+            "form": bench.form(run) if run.config.is_mixture else None,
+            "trainable_parameters": bench.trained_numbers(run),
+            "seconds": summary(parts.step),
+            "forward_seconds": summary(parts.forward),
+            "backward_seconds": summary(parts.backward),
+            "optimizer_seconds": summary(parts.optimizer),
+            "flop_per_second": operations[name] / summary(parts.step)["median"],
         }
+        for other in {"lora", "malora"} & runs.keys():
+            figures[name][f"to_{other}"] = ratios(parts.step, seconds[other].step)
+        if "lora" in runs:
+            figures[name] |= {
+                "floor": operations[name] / operations["lora"],
+                "square_floor": square[name] / square["lora"],
+            }
         if args.memory:
-            with spawn(MemoryProbe, 1, args.threads, for_memory=True) as probe:
-                (figures[name]["peak_bytes"],) = probe.call("peak_bytes", bench.overrides(keys), name == USUAL)
-    for name in MOLORA:
-        figures[name]["to_malora"] = ratios(seconds[name].step, seconds["malora"].step)
+            figures[name]["peak_bytes"] = bench.peak_bytes(run)
     return figures
 
 
 def print_methods(figures: Mapping[str, Any]) -> dict[str, float]:
     """The table of one model, and its headline ratios."""
+    times = ("seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
     rows = [
         (
             name,
-            f"{f['seconds']['median'] * 1e3:.0f}",
-            spread(f["to_lora"]),
-            f"{f['floor']:.3f}",
-            f"{f['to_lora']['median'] / f['floor']:.3f}",
-            f"{f['square_floor']:.3f}",
+            f"{f['trainable_parameters'] / 1e6:.2f}",
+            *(f"{f[part]['median'] * 1e3:.0f}" for part in times),
+            *(spread(f[ratio]) if ratio in f else "-" for ratio in ("to_lora", "to_malora")),
+            *(f"{f[floor]:.3f}" if floor in f else "-" for floor in ("floor", "square_floor")),
             f"{f['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in f else "-",
-            f"{f['peak_bytes'] / figures['lora']['peak_bytes']:.2f}" if "peak_bytes" in f else "-",
         )
         for name, f in figures.items()
     ]
     header = (
-        "method",
-        "ms",
-        "/ lora [quartiles]",
-        "floor",
-        "over floor",
-        "floor of a square linear",
-        "MB",
-        "MB / lora",
-    )
+        "method", "M params", "step ms", "forward", "backward", "optimizer", "/ lora [quartiles]",
+        "/ malora [quartiles]", "floor", "of a square linear", "MB",
+    )  # fmt: skip
     print_table(header, rows)
-    malora = figures["malora"]
-    keys = {
-        "malora/lora": malora["to_lora"]["median"],
-        "floor": malora["floor"],
-    }
-    keys |= {f"{name}/malora": figures[name]["to_malora"]["median"] for name in MOLORA}
-    if "peak_bytes" in malora:
-        keys["memory_malora/lora"] = malora["peak_bytes"] / figures["lora"]["peak_bytes"]
+    keys = {f"{name}_over_malora": f["to_malora"]["median"] for name, f in figures.items() if "to_malora" in f}
+    keys = {key: value for key, value in keys.items() if key not in ("lora_over_malora", "malora_over_malora")}
+    if {"lora", "malora"} <= figures.keys():
+        keys = {"malora_over_lora": figures["malora"]["to_lora"]["median"]} | keys
+        keys["malora_floor"] = figures["malora"]["floor"]
     return keys
 
 
-def compare_experts(bench: Bench, args: argparse.Namespace) -> dict[str, Any]:
-    """{"form" or "form fused": {N: figures}}; ``auto`` repeats the figures of the form that its rule takes."""
-    first = args.experts[0]
-    figures: dict[str, Any] = {}
-    for fused in (False, True):
-        common = ["method=malora", f"fuse_projections={str(fused).lower()}"]
-        runs = {
-            (form, n): [*common, f"num_lora_experts={n}", f"expert_compute={form}"]
-            for form in args.compute
-            for n in args.experts
-        }
-        seconds = bench.step_seconds({f"{form} {n}": keys for (form, n), keys in runs.items()}, args.rounds)
-        for row in (*args.compute, *(("auto",) if len(args.compute) == len(FORMS) else ())):
-            of_n = {}
-            for n in args.experts:
-                configs = {m: load_config(None, runs[args.compute[0], m]) for m in (first, n)}
-                spec = configs[n]
-                chosen = {m: form_of(config, row, bench.device) for m, config in configs.items()}
-                own, least = seconds[f"{chosen[n]} {n}"], seconds[f"{chosen[first]} {first}"]
-                parameters = trainable_parameters(spec, projection_widths(bench.hf), bench.hf.num_hidden_layers)
-                of_n[n] = {
-                    "form": chosen[n],
-                    "trainable_parameters": sum(parameters.values()),
-                    "seconds": summary(own.step),
-                    "optimizer_seconds": summary(own.optimizer),
-                    "ratio": ratios(own.step, least.step),
-                    "ratio_without_optimizer": ratios(own.rest, least.rest),
-                    "floor": bench.floor(runs[chosen[n], n]) / bench.floor(runs[chosen[first], first]),
-                }
-            figures[f"{row} fused" if fused else row] = of_n
-    return figures
-
-
-def print_experts(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The table over N, and its headline ratios: the last N to the first."""
-    rows = [
-        (
-            row,
-            n,
-            f["form"],
-            f"{f['trainable_parameters'] / 1e6:.2f}",
-            f"{f['seconds']['median'] * 1e3:.0f}",
-            f"{f['optimizer_seconds']['median'] * 1e3:.0f}",
-            spread(f["ratio"]),
-            f"{f['ratio_without_optimizer']['median']:.3f}",
-            f"{f['floor']:.3f}",
-        )
-        for row, of_n in figures.items()
-        for n, f in of_n.items()
-    ]
-    first, *_, last = next(iter(figures.values()))
-    ratio = f"/ N={first} [quartiles]"
-    header = ("expert_compute", "N", "form", "M params", "ms", "optimizer ms", ratio, "without optimizer", "floor")
-    print_table(header, rows)
-    keys: dict[str, float] = {}
-    for row, of_n in figures.items():
-        name = row.replace(" ", "_")
-        keys |= {
-            f"{name}_{last}/{first}": of_n[last]["ratio"]["median"],
-            f"{name}_without_optimizer": of_n[last]["ratio_without_optimizer"]["median"],
-        }
-    return keys
-
-
-def spread(ratio: Mapping[str, float]) -> str:
-    """Median and quartiles of a ratio."""
-    return f"{ratio['median']:.3f} [{ratio['q1']:.3f} {ratio['q3']:.3f}]"
+def print_bars(keys: Mapping[str, float]) -> None:
+    """Whether each ratio that has a bar meets it."""
+    for key, bar in BARS.items():
+        if key in keys:
+            print(f"{key} {keys[key]:.3f}, {bar.describe(keys[key])}")
 
 
 def numbers(text: str) -> list[int]:
@@ -297,8 +181,8 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def names(text: str) -> list[str]:
-    """Of a comma-separated list of forms.
+def forms(text: str) -> list[str]:
+    """Of a comma-separated list.
 
     Raises:
         ValueError: no such form.
@@ -309,6 +193,9 @@ def names(text: str) -> list[str]:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=SETTINGS, default="paper", help="ranks and projections (default: paper)")
+    parser.add_argument("--methods", nargs="+", choices=CONTENDERS, help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--keys", nargs="+", default=[], help="more config keys of every method, key=value")
     parser.add_argument("--hidden", type=numbers, default=[2048, 4096], help="hidden sizes (default: 2048,4096)")
     parser.add_argument(
         "--shape", choices=SHAPES, help="layers and vocabulary of a released model, instead of --hidden"
@@ -322,15 +209,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true", help="frozen base and computation in bfloat16")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave the peak memory out")
-    parser.add_argument("--experts", type=numbers, help="step time over these N instead")
-    parser.add_argument("--compute", type=names, default=FORMS, help="with --experts: which forms (default: both)")
+    parser.add_argument("--experts", type=numbers, help="MALoRA's step time over these N instead")
+    parser.add_argument("--compute", type=forms, default=FORMS, help="with --experts: which forms (default: both)")
     parser.add_argument("--forms", action="store_true", help="crossover of the two forms of one adapter instead")
+    parser.add_argument("--against", type=Path, help="root of another checkout of this project, to compare with it")
+    parser.add_argument("--against-keys", nargs="+", default=[], help="config keys for that one only, key=value")
     parser.add_argument("--output", type=Path, help="another JSON file to write")
     args = parser.parse_args()
+    args.seq_length = min(args.seq_length, args.tokens)
+    args.methods = args.methods or (METHODS_AGAINST if args.against else METHODS)
     if args.tokens % args.seq_length:
         parser.error(f"--tokens {args.tokens} must be a multiple of --seq-length {args.seq_length}")
     if args.experts and len(args.experts) < 2:
         parser.error("--experts needs at least two numbers")
+    if args.against and not (args.against / "malora_dist" / "__init__.py").is_file():
+        parser.error(f"--against {args.against} has no malora_dist: name the root of a checkout")
+    if args.against and any(CONTENDERS[name].patch for name in args.methods):
+        parser.error("--against compares methods of the package; usual_dora and usual_molora belong to the benchmarks")
     return args
 
 
@@ -344,47 +239,63 @@ def models_of(args: argparse.Namespace) -> dict[str, LlamaConfig]:
 
 def measure_model(hf: LlamaConfig, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     """(figures, headline ratios) of one Llama, its table printed."""
+    setting = SETTINGS[args.setting]
+    device = choose_device(args.device)
+    print(
+        f"\nsetting {args.setting}, hidden {hf.hidden_size}, ffn {hf.intermediate_size}, "
+        f"layers {hf.num_hidden_layers}, vocabulary {hf.vocab_size}, {args.tokens} tokens in sequences of "
+        f"{args.seq_length}, {'bfloat16' if args.bf16 else 'float32'} on {device.type}, {args.threads} threads",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="malora-step-time-") as scratch:
+        if args.against:
+            runs = {name: [f"device={device.type}", *run_of(name, setting, args).keys] for name in args.methods}
+            figures = compare_checkouts(runs, Path(scratch), hf, args)
+            return figures, print_checkouts(figures)
         bench = Bench(Path(scratch), hf, args)
-        print(
-            f"\nhidden {hf.hidden_size}, ffn {hf.intermediate_size}, layers {hf.num_hidden_layers}, "
-            f"vocabulary {hf.vocab_size}, {args.tokens} tokens in sequences of {args.seq_length}, "
-            f"{'bfloat16' if args.bf16 else 'float32'} on {bench.device.type}, {args.threads} threads",
-            flush=True,
-        )
         if args.experts:
-            figures = compare_experts(bench, args)
+            figures = compare_experts(bench, setting, args)
             return figures, print_experts(figures)
-        figures = compare_methods(bench, args)
-        return figures, print_methods(figures)
+        figures = compare_methods(bench, setting, args)
+        keys = print_methods(figures)
+        if args.setting == "paper":
+            print_bars(keys)
+        return figures, keys
+
+
+def measure_all_forms(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float | str]]:
+    """(figures, headline pairs) of --forms."""
+    figures: dict[str, Any] = {}
+    keys: dict[str, float | str] = {}
+    device, dtype = choose_device(args.device), torch.bfloat16 if args.bf16 else torch.float32
+    for hidden in args.hidden:
+        figures[str(hidden)], crossovers = measure_forms(hidden, args.tokens, args.rounds, device, dtype)
+        keys |= {f"{key}@{hidden}": value for key, value in crossovers.items()}
+    return figures, keys
+
+
+def measure_models(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float | str]]:
+    """(figures, headline pairs) of every other mode."""
+    models = models_of(args)
+    figures: dict[str, Any] = {}
+    keys: dict[str, float] = {}
+    for label, hf in models.items():
+        figures[label], found = measure_model(hf, args)
+        keys |= {f"{key}@{label}" if len(models) > 1 else key: value for key, value in found.items()}
+    return figures, dict(keys)
 
 
 def main() -> None:
     """Measure, print and write down."""
     args = parse()
     torch.set_num_threads(args.threads)
-    keys: dict[str, float | str] = {}
-    figures: dict[str, Any] = {}
-    if args.forms:
-        for hidden in args.hidden:
-            figures[str(hidden)], crossovers = measure_forms(
-                hidden,
-                args.tokens,
-                args.rounds,
-                choose_device(args.device),
-                torch.bfloat16 if args.bf16 else torch.float32,
-            )
-            keys |= {f"{key}@{hidden}": value for key, value in crossovers.items()}
-    else:
-        models = models_of(args)
-        for label, hf in models.items():
-            figures[label], found = measure_model(hf, args)
-            keys |= {f"{key}@{label}" if len(models) > 1 else key: value for key, value in found.items()}
-    mode = "_forms" if args.forms else "_experts" if args.experts else ""
-    output = args.output or RESULTS / f"step_time{mode}.json"
+    figures, keys = measure_all_forms(args) if args.forms else measure_models(args)
+    modes = {"forms": args.forms, "experts": args.experts, "against": args.against, args.setting: True}
+    mode = next(mode for mode, is_chosen in modes.items() if is_chosen)
+    output = args.output or RESULTS / ("step_time.json" if mode == "paper" else f"step_time_{mode}.json")
     settings = {
         key: getattr(args, key)
-        for key in ("threads", "tokens", "seq_length", "layers", "vocab", "bf16", "device", "rounds")
+        for key in ("setting", "threads", "tokens", "seq_length", "layers", "vocab", "bf16", "device", "rounds")
     }
     write_results(__file__, settings | {"figures": figures}, "megatron-core", "transformers", output=output)
     headline(**keys)

@@ -10,7 +10,7 @@ train one model per mode, steps interleaved:
   is one per token and rank)
 - malora_all_to_all: S_A x travels, shared_dim wide; the way back is as wide as before
 - molora_gather_experts, malora_gather_experts: the experts travel, once a step
-- malora_auto: what the rule of malora_dist/exchange/cost.py picks for each linear
+- malora_auto: what the rule of malora_dist/exchange/plan.py picks for each linear
 
 A step's time is the slower process's. Bytes of a step: `ep`, what a process hands to collectives of the
 expert-parallel group (malora/bytes/ep in the logs; what stays at home counts too), and `wire`, what leaves its network
