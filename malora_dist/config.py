@@ -91,7 +91,7 @@ class ParallelConfig:
     dispatch: str = key(
         "auto",
         "`local`; `all_to_all`: tokens travel to their experts; `gather_experts`: experts travel to the tokens, once a "
-        "step; `fastmoe`; `auto`: local at EP=1, else by linear whichever of the two sends fewer bytes",
+        "step; `fastmoe`; `auto`: local at EP=1, else by linear whichever sends fewer bytes and holds no large copies",
     )
     expert_compute: str = key(
         "auto",

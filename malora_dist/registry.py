@@ -6,6 +6,7 @@ config uses; the files are imported when the registry is first asked, not before
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,21 +31,37 @@ class Registry(Generic[T], Mapping[str, type[T]]):
         self._is_loaded = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: make the class known under ``name``."""
+        """Class decorator: make the class known under ``name``.
+
+        Raises:
+            ValueError: another class has that name.
+        """
 
         def add(cls: type[T]) -> type[T]:
-            taken = self._classes.get(name)
-            assert taken is None or taken.__qualname__ == cls.__qualname__, f"{name} is already {taken}"
+            taken = self._classes.get(name, cls)
+            if (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(f"{self._key}={name!r} is already {taken.__module__}.{taken.__qualname__}")
             self._classes[name] = cls
             return cls
 
         return add
 
+    @contextlib.contextmanager
+    def registered(self, **classes: type[T]) -> Iterator[None]:
+        """Inside it these classes are known too, under the names that they are given as."""
+        for name, cls in classes.items():
+            self.register(name)(cls)
+        try:
+            yield
+        finally:
+            for name in classes:
+                del self._classes[name]
+
     def _load(self) -> dict[str, type[T]]:
         if not self._is_loaded:
-            self._is_loaded = True
             for module in pkgutil.iter_modules(importlib.import_module(self._package).__path__):
                 importlib.import_module(f"{self._package}.{module.name}")
+            self._is_loaded = True
         return self._classes
 
     def __iter__(self) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """One-process reference of a training run: transformers' Llama, malora_dist.methods on plain tensors, torch's AdamW.
 
-Nothing of megatron, the dispatchers or the trainer is in it.
+Nothing of megatron, the exchanges or the trainer is in it.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ MODULES = {name_of(file) for file in FILES}
 
 
 def layer_of(module: str) -> str:
-    """``malora_dist.exchange.base`` -> ``dispatch``."""
+    """``malora_dist.exchange.base`` -> ``exchange``."""
     return module.split(".")[1]
 
 

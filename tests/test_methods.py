@@ -131,6 +131,17 @@ def test_declared_widths_are_those_of_the_functions(method: str) -> None:
     assert declared.combine(p, v).shape[1] == N_OUT
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+def test_project_is_linear_in_x_and_uses_shared_input_parameters_only(method: str) -> None:
+    """Beside a row-parallel linear every rank projects its share of the input, and the results are summed."""
+    declared = AdapterSpec(method=method, num_lora_experts=2, lora_rank=3, shared_dim=4).declared
+    whole = parameters(declared.settings)  # type: ignore[arg-type]
+    p = declared.before_dispatch(whole, torch.float64)
+    x, other = (torch.randn(6, N_IN, dtype=torch.float64) for _ in range(2))
+    sum_of_both = declared.project(p, x) + declared.project(p, other)
+    torch.testing.assert_close(declared.project(p, x + other), sum_of_both)
+
+
 @pytest.mark.parametrize("method", ROUTED)
 def test_an_expert_with_no_tokens_gets_zero_gradients(method: str) -> None:
     spec = AdapterSpec(method=method, num_lora_experts=3, topk=1, lora_rank=2, shared_dim=3)
@@ -354,3 +365,32 @@ def test_a_method_inherits_and_overrides_parameters() -> None:
     assert not Narrow.parameters["A"].trained
     assert METHODS["lora"].parameters["A"].trained
     assert issubclass(Narrow, Method)
+
+
+def test_an_inherited_chain_ends_where_the_maths_is_another() -> None:
+    class Bent(METHODS["molora"]):  # type: ignore[misc]
+        def expert(self, p, z_TD):  # type: ignore[no-untyped-def]
+            return super().expert(p, z_TD).relu()
+
+    assert Bent.chain is None
+    assert METHODS["molora"].chain is not None
+    assert METHODS["asymmetric_lora"].chain is not None
+
+
+def test_a_registered_name_is_taken() -> None:
+    class Lora(METHODS["molora"]):  # type: ignore[misc]  # a copy that was not renamed
+        pass
+
+    with pytest.raises(ValueError, match="method='lora' is already malora_dist"):
+        METHODS.register("lora")(Lora)
+    with METHODS.registered(mine=Lora):
+        assert METHODS["mine"] is Lora
+    assert "mine" not in METHODS
+
+
+def test_a_length_of_dora_moves_a_bfloat16_output_by_less_than_bfloat16_steps() -> None:
+    """Next to 1 bfloat16 has a step of 0.8%: a factor of 1.003 would be none, yet outputs move."""
+    declared = AdapterSpec(method="dora").declared
+    y = torch.linspace(1, 2, 4096).bfloat16().unsqueeze(0)
+    scaled = declared.output({"magnitude": torch.full((4096,), 1.003)}, y, torch.ones(4096))
+    assert float((scaled.float() / y.float()).mean()) == pytest.approx(1.003, abs=1e-3)

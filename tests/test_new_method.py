@@ -6,7 +6,7 @@ a parameter per expert that row parallelism shards. Each is compared with its ow
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from malora_dist.methods.base import Method, Param, register
+from malora_dist.methods.base import METHODS, Method, Param
 from malora_dist.methods.start import zeros
 from tests.layouts import find
 from tests.test_parity import Bench, bench, compare  # noqa: F401 (bench is a fixture)
 
 
-@register("toy_shared")
 class ToyShared(Method):
     """y = W0 x + s sum_t g_t(x) B_t (c_t * tanh(S x))"""
 
@@ -36,7 +35,6 @@ class ToyShared(Method):
         return linear(torch.tanh(z_TD) * p["c"], p["B"])
 
 
-@register("toy_wide")
 class ToyWide(Method):
     """y = W0 x + s sum_t g_t(x) B_t relu(A_t x)"""
 
@@ -53,11 +51,22 @@ class ToyWide(Method):
         return linear(torch.relu(linear(z_TD, p["A"])), p["B"])
 
 
+TOYS = {"toy_shared": ToyShared, "toy_wide": ToyWide}
+
+
+@pytest.fixture(autouse=True)
+def toys() -> Iterator[None]:
+    """Registered while a test of this file runs; other tests go over all methods there are."""
+    with METHODS.registered(**TOYS):
+        yield
+
+
 def train(**kwargs: Any) -> dict[str, Any]:
-    """The job: as every other training, in a process that has imported this file."""
+    """The job: as every other training, in a process that has the toys registered."""
     from tests.jobs import train_and_record
 
-    return train_and_record(**kwargs)
+    with METHODS.registered(**TOYS):
+        return train_and_record(**kwargs)
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "gather_experts"])

@@ -46,6 +46,8 @@ def tp_bytes(config: Config, projection: str, tokens: int, layout: Layout, layer
     crossing = 2 * tokens * widths[method.sent] * FLOAT  # x, or its product: gathered, reduce-scattered or exchanged
     if method.sent == "in" and projection in ROW:
         crossing //= layout.tp  # an all-to-all sends a rank's own features, the others' buffers are whole
+    if method.sent == "in" and projection in ("k_proj", "v_proj", "up_proj"):
+        crossing = 0  # x itself crosses once for all projections of a linear
     first = method.chain.project if method.chain else None
     if layer == 0 and projection in QKV and (first is None or not method.is_trained(first)):
         crossing //= 2  # the frozen embedding's output needs no gradient, nor does what is made of it here
@@ -123,7 +125,7 @@ def test_adapters(name: str, method: str, workers: WorkerPool, base_dir: Path, w
             if layout.tp > 1:
                 expected["tp"] += FLOAT * summed_over_tp(config, projection)
                 # norms of a row-parallel weight, once per step
-                expected["tp"] += FLOAT * WIDTHS[projection][1] * (config.declared.needs_norms and projection in ROW)
+                expected["tp"] += FLOAT * WIDTHS[projection][1] * (config.declared.needs_norms() and projection in ROW)
         assert {group: both["bytes"].get(group, 0) - one["bytes"].get(group, 0) for group in expected} == expected
 
 

@@ -91,8 +91,10 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
                 f"{file}: format_version={version!r}, this version reads 1 and {FORMAT_VERSION}; "
                 "use the version that wrote it"
             )
+        spec = AdapterSpec(**fields)
+        spec.validate_adapter()
         return AdapterInfo(
-            spec=AdapterSpec(**fields),
+            spec=spec,
             base_fingerprint=raw["base"]["fingerprint"],
             base_name_or_path=raw["base"]["hf_model_name_or_path"],
             iteration=raw["iteration"],
@@ -135,7 +137,7 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
     if not info.has_optimizer:
         del identity["freeze"]  # what else than the optimizer's state would depend on it
     for key, saved in identity.items():
-        wanted = spec.projections if key == "target_modules" else getattr(spec, key)
+        wanted = spec.identity().get(key)
         if saved != wanted:
             raise CheckpointError(
                 f"{directory}: has {key}={saved!r}, the config says {wanted!r}; set it to the checkpoint's"

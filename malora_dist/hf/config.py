@@ -47,6 +47,9 @@ class MaloraConfig(PeftConfig, AdapterSpec):
                 "is a LoRA that PEFT knows itself, a MaloraConfig is for methods with a router",
                 f"use peft.LoraConfig(use_dora={self.declared.peft.use_dora})",
             )
+        if not self.is_mixture or self.declared.has_output():
+            rule = "has no router, or changes the layer's whole output, which this tuner does not do"
+            raise ConfigError("method", self.method, rule, "train it with malora_dist.train")
         if self.fuse_projections:
             raise ConfigError(
                 "fuse_projections",

@@ -123,8 +123,7 @@ class MaloraLayer(nn.Module, BaseTunerLayer):
         if chain is not None and chain.project is not None and dropped_x_TI is x_TI:
             return project_and_score(x_TI, params[chain.project], params["router"])
         _, logits_TN = project_and_score(x_TI, x_TI.new_empty(0, x_TI.shape[1]), params["router"])
-        p = {name: parameter.to(dtype) for name, parameter in params.items()}
-        return config.declared.project(p, dropped_x_TI), logits_TN
+        return config.declared.project(config.declared.before_dispatch(params, dtype), dropped_x_TI), logits_TN
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.

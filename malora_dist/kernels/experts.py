@@ -184,7 +184,7 @@ class _GatedBlock(torch.autograd.Function):
         d_inner_TER = d_gated_TER * gates_TE1
         dz = d_down = None
         if down is None:
-            dz = d_inner_TER.sum(dim=1)
+            dz = d_inner_TER.sum(dim=1) if wants_z else None
         else:
             d_inner = d_inner_TER.flatten(1)
             if wants_down:

@@ -1,6 +1,6 @@
 """The parameters of one adapter beside a megatron linear: where each lives and how megatron is told.
 
-``sequence_parallel``: sum the gradient over TP; ``allreduce=False``: average it over
+``sequence_parallel``: sum the gradient over TP; ``allreduce=False``: reduce it over
 expert-data-parallel ranks only; ``tensor_model_parallel``: a shard, not a replica. Which parameter
 gets which mark follows from its axes (``Param.placement``); docs/architecture.md shows the table.
 """

@@ -104,7 +104,7 @@ class LinearAdapters(torch.nn.ModuleDict):
                 for adapter, spans, arrived in zip(self._list, self._spans, dispatched, strict=True)
             ]
             add = partial(self._add_returned, returning)
-        if not self._method.needs_norms:
+        if not self._method.has_output():
             return add
         return lambda y: self._output(add(y), weight_OI)
 
@@ -135,12 +135,8 @@ class LinearAdapters(torch.nn.ModuleDict):
         """Each adapter's own projection of its own dropout of x."""
         parts = []
         for adapter in self._list:
-            replicated = {
-                name: adapter.get_parameter(name).to(x_TI.dtype)
-                for name, param in self._method.parameters.items()
-                if not param.is_expert and "in" in param.axes
-            }
-            parts.append(self._method.project(replicated, adapter.dropout(x_TI)))
+            p = self._method.before_dispatch(dict(adapter.named_parameters(recurse=False)), x_TI.dtype)
+            parts.append(self._method.project(p, adapter.dropout(x_TI)))
         return parts
 
     def _route(self, z: list[Tensor], logits: Tensor | None) -> tuple[list[Tensor], list[Routing] | None]:
@@ -151,16 +147,20 @@ class LinearAdapters(torch.nn.ModuleDict):
         """
         if logits is None:
             return self._cross(z, None)[0], None
-        if self._style == "row":
-            z, logits = self._cross(z, logits)
-        routing = self._routing(logits)
-        z[0] = attach_load_balancing(
-            z[0], routing, self._method, self._settings.context, self._crossing, [a.site for a in self._list]
-        )
         if self._style == "column" and self._crossing.size > 1:
+            z, logits = self._cross(z, self._balanced(logits, self._routing(logits)))
+            routing = self._routing(logits)
+        else:
             z, logits = self._cross(z, logits)
             routing = self._routing(logits)
+            routing = routing._replace(gates_TK=self._balanced(routing.gates_TK, routing))
         return z, [Routing(*(t[:, i] for t in routing)) for i in range(len(self))]
+
+    def _balanced(self, carrier: Tensor, routing: Routing) -> Tensor:
+        """The carrier with the load-balancing losses of this routing attached."""
+        sites = [adapter.site for adapter in self._list]
+        context = self._settings.context
+        return attach_load_balancing(carrier, routing, self._method, context, self._crossing, sites)
 
     def _routing(self, logits: Tensor | None) -> Routing:
         assert logits is not None, "of a method with a router"
@@ -174,7 +174,8 @@ class LinearAdapters(torch.nn.ModuleDict):
         if self._method.sent == "in":
             assert logits is not None, "x is sent to experts, which a router chooses"
             crossed = self._crossing.projected(logits.flatten(1)).unflatten(-1, logits.shape[1:])
-            return [self._crossing.unprojected(x_TI) for x_TI in z], crossed
+            first = self._crossing.unprojected(z[0])  # without dropout x itself, for all adapters
+            return [first if x_TI is z[0] else self._crossing.unprojected(x_TI) for x_TI in z], crossed
         parts = [z_TD.float() for z_TD in z] + ([] if logits is None else [logits.flatten(1)])
         whole = self._crossing.projected(torch.cat(parts, dim=-1))
         *crossed, last = whole.split([part.shape[-1] for part in parts], dim=-1)
@@ -268,7 +269,12 @@ class LinearAdapters(torch.nn.ModuleDict):
         """Add what :meth:`_sums` made, at home, through ``Method.combine``."""
         shared = sums if len(sums) > 1 else [sums[0]] * len(adapter.projections)
         for projection, v in zip(adapter.projections, shared, strict=True):
-            delta = self._method.combine(self._acting(adapter, projection, v.dtype), v) * self._method.scaling
+            p = {
+                name: parameter.to(v.dtype)
+                for name, parameter in adapter.parameters_of(projection).items()
+                if not self._method.parameters[name].is_expert
+            }
+            delta = self._method.combine(p, v) * self._method.scaling
             target = self._columns[projection].of(y)
             target.add_(delta.view_as(target))
         return y
@@ -283,11 +289,13 @@ class LinearAdapters(torch.nn.ModuleDict):
             part = columns.of(y)
             if projection in adapter_of:
                 adapter = adapter_of[projection]
-                norms = self._squared_norms(adapter, projection, weight_OI)
+                needs_norms = self._method.needs_norms()
+                norms = self._squared_norms(adapter, projection, weight_OI) if needs_norms else None
                 part = self._method.output(adapter.parameters_of(projection), part.flatten(1), norms).view_as(part)
             parts.append(part)
         return torch.cat(parts, dim=-1).view_as(y)
 
+    @torch.no_grad()
     def _squared_norms(self, adapter: Adapter, projection: str, weight_OI: Tensor) -> Tensor:
         """``Method.squared_norms`` of a projection, computed once per step: weights change between steps only."""
         step, known = self._norms.get(projection, (-1, None))
@@ -317,6 +325,7 @@ class LinearAdapters(torch.nn.ModuleDict):
                 for name, parameter in adapter.parameters_of(projection).items():
                     if self._method.parameters[name].from_norms:
                         parameter.copy_(self._squared_norms(adapter, projection, weight_OI).sqrt())
+        self._norms.clear()  # of no step
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Sequence[tuple[int, int, int]] = (), metadata: dict | None = None

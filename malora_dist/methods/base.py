@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from malora_dist.errors import ConfigError
@@ -143,7 +144,6 @@ class Method:
         returned: the axis of what an expert returns.
         default_rank: `lora_rank` where the config names none.
         peft: see :class:`PeftForm`; None: this project's own PEFT tuner loads it.
-        needs_norms: :meth:`output` wants :meth:`squared_norms`.
         is_ablation: kept to reproduce a table of the paper.
     """
 
@@ -152,7 +152,6 @@ class Method:
     returned: ClassVar[str] = "out"
     default_rank: ClassVar[int] = 8
     peft: ClassVar[PeftForm | None] = None
-    needs_norms: ClassVar[bool] = False
     is_ablation: ClassVar[bool] = False
     parameters: ClassVar[dict[str, Param]] = {}
 
@@ -160,6 +159,8 @@ class Method:
         super().__init_subclass__(**kwargs)
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Param)}
         cls.parameters = {**cls.parameters, **own}
+        if "chain" not in vars(cls) and {"project", "expert", "combine"} & vars(cls).keys():
+            cls.chain = None  # an inherited one would no longer be the method
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -169,7 +170,11 @@ class Method:
     # ---- the maths, overridden
 
     def project(self, p: Mapping[str, Tensor], x_TI: Tensor) -> Tensor:
-        """What is sent to the experts. [T, D]"""
+        """What is sent to the experts. [T, D]
+
+        Linear in x, and of the parameters with an ``in`` axis that no expert has for itself only: beside a row-parallel
+        linear each rank has a share of the input, and the results are summed.
+        """
         raise NotImplementedError
 
     def expert(self, p: Mapping[str, Tensor], z_TD: Tensor) -> Tensor:
@@ -177,18 +182,39 @@ class Method:
         raise NotImplementedError
 
     def combine(self, p: Mapping[str, Tensor], v: Tensor) -> Tensor:
-        """From the gate-weighted sum over the experts to the projection's output. [T, O]"""
+        """From the gate-weighted sum over the experts to the projection's output, by shared parameters. [T, O]"""
         return v
 
     def squared_norms(self, p: Mapping[str, Tensor], weight_OI: Tensor) -> Tensor | None:
-        """Of the rows of a weight that :meth:`output` needs, or their share in a shard of the input. [O] or None"""
+        """Of the rows of a weight that :meth:`output` needs, or their share in a shard of the input. [O] or None
+
+        Computed once a step, and a constant for the gradient.
+        """
         return None
 
     def output(self, p: Mapping[str, Tensor], y_TO: Tensor, squared_norms_O: Tensor | None) -> Tensor:
         """From the sum of base and adapter to the layer's output. [T, O]"""
         return y_TO
 
+    @classmethod
+    def has_output(cls) -> bool:
+        """Whether the method changes the sum of base and adapter."""
+        return cls.output is not Method.output
+
+    @classmethod
+    def needs_norms(cls) -> bool:
+        """Whether :meth:`output` is given norms."""
+        return cls.squared_norms is not Method.squared_norms
+
     # ---- what follows from the declaration
+
+    def before_dispatch(self, params: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The parameters that :meth:`project` may use, in a dtype: those with an input axis that are no expert's."""
+        return {
+            name: params[name].to(dtype)
+            for name, param in self.parameters.items()
+            if not param.is_expert and "in" in param.axes
+        }
 
     @classmethod
     def is_mixture(cls) -> bool:

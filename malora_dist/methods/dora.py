@@ -23,10 +23,8 @@ class Dora(Lora):
 
     magnitude = Param("out", from_norms=True)
 
-    needs_norms = True
     peft = PeftForm({"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}, use_dora=True)
 
-    @torch.no_grad()
     def squared_norms(self, p: Mapping[str, Tensor], weight_OI: Tensor) -> Tensor:
         """||W0 + s B A||^2 by row, without the [m, n] product B A.
 
@@ -45,4 +43,5 @@ class Dora(Lora):
 
     def output(self, p: Mapping[str, Tensor], y_TO: Tensor, squared_norms_O: Tensor | None) -> Tensor:
         assert squared_norms_O is not None, "see squared_norms"
-        return y_TO * (p["magnitude"] / squared_norms_O.sqrt()).to(y_TO.dtype)
+        # In float32: next to 1 a bfloat16 factor would move in steps of half a percent.
+        return (y_TO * (p["magnitude"] / squared_norms_O.sqrt())).to(y_TO.dtype)

@@ -43,3 +43,10 @@ class MaloraUnshared(Method):
         if shared % experts:
             cure = f"set a multiple of {experts}"
             raise ConfigError("shared_dim", shared, f"must be divisible by num_lora_experts={experts} here", cure)
+
+    def check_widths(self, projection: str, in_features: int, out_features: int) -> None:
+        own = self.settings.shared_dim // self.num_experts
+        if own > in_features:
+            rule = f"leaves each expert {own}, more than the input width {in_features} of {projection}"
+            cure = f"set at most {in_features * self.num_experts}"
+            raise ConfigError("shared_dim", self.settings.shared_dim, rule, cure)

@@ -41,7 +41,9 @@ def adapted_forward(
         v = method.expert(p, z_TD)
         aux_loss = x_TI.new_zeros((), dtype=torch.float32)
     y_TO = x_TI @ weight_OI.t() + method.scaling * method.combine(p, v)
-    return method.output(p, y_TO, method.squared_norms(params, weight_OI)), aux_loss
+    with torch.no_grad():
+        squared_norms_O = method.squared_norms(params, weight_OI)
+    return method.output(params, y_TO, squared_norms_O), aux_loss
 
 
 def sum_over_experts(method: Method, p: Mapping[str, Tensor], z_TD: Tensor, gates_TE: Tensor) -> Tensor:

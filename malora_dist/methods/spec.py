@@ -55,9 +55,12 @@ class AdapterSpec:
     fuse_projections: bool = key(
         False, "q, k, v share one router and down-projection, gate and up another; each keeps its own B"
     )
-    norm_topk_prob: bool = key(True, "renormalise the kept gates to sum 1 when topk > 1")
+    norm_topk_prob: bool = key(True, "renormalise the kept gates to sum 1 when topk > 1 (methods with a router)")
     aux_loss_coeff: float = key(
-        0.01, "load-balancing loss coefficient, per adapted projection", minimum=0, cure="set 0 to switch it off"
+        0.01,
+        "load-balancing loss coefficient, per adapted projection (methods with a router)",
+        minimum=0,
+        cure="set 0 to switch it off",
     )
 
     def __post_init__(self) -> None:
@@ -124,12 +127,14 @@ class AdapterSpec:
 
     def identity(self) -> dict[str, Any]:
         """The fields that together are the adapter's function: those in which a resumed run equals its checkpoint."""
-        names = ["method", "lora_rank", "lora_alpha", "use_rslora", "fuse_projections", "freeze"]
+        names = ["method", "lora_rank", "lora_alpha", "use_rslora", "fuse_projections"]
         if self.is_mixture:
             names += ["num_lora_experts", "topk", "norm_topk_prob"]
         if self.declared.uses("shared"):
             names.append("shared_dim")
-        return {"target_modules": self.projections} | {name: getattr(self, name) for name in names}
+        frozen = tuple(sorted(name for name in self.declared.parameters if not self.declared.is_trained(name)))
+        found = {"target_modules": self.projections, "freeze": frozen}
+        return found | {name: getattr(self, name) for name in names}
 
     def validate_adapter(self) -> None:
         """Check the adapter's own fields, each and against each other.

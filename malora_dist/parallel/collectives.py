@@ -1,7 +1,4 @@
-"""Collectives with gradients, on the groups they are given.
-
-Shape suffixes: W rows sent or kept by this rank, V rows received, G rows of all ranks, R ranks, C row width.
-"""
+"""Collectives with gradients, on the groups they are given."""
 
 from __future__ import annotations
 
@@ -12,32 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-
-def _all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
-    received = rows.new_empty(sum(receive), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=group)
-    return received
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.route = (send, receive, group)
-        return _all_to_all(rows, send, receive, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        send, receive, group = ctx.route
-        return _all_to_all(grad, receive, send, group), None, None, None
-
-
-def all_to_all_rows(rows_WC: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Send ``send[r]`` consecutive rows to rank r of the group, receive ``receive[r]`` from it. [V, C]
-
-    Counts may be zero. The gradient goes back the same way.
-    """
-    return _AllToAllRows.apply(rows_WC, tuple(send), tuple(receive), group)
 
 
 class _Transfer:
@@ -87,68 +58,23 @@ class _Wait(torch.autograd.Function):
 
 
 def start_all_to_all_rows(
-    rows_WC: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
+    rows: Tensor, send: Sequence[int], receive: Sequence[int], group: ProcessGroup
 ) -> Callable[[], Tensor]:
-    """:func:`all_to_all_rows` in two parts: this starts it, what it returns waits for it.
+    """Start to send ``send[r]`` consecutive rows to rank r of the group; what it returns waits for what comes.
+
+    ``receive[r]`` rows come from rank r; counts may be zero.
 
     What is computed in between runs while the rows travel. Backward likewise: the gradient starts
     to travel where the forward waited and is waited for where the forward started; autograd runs
     in between the backward of what was computed in between.
     """
     transfer = _Transfer(send, receive, group)
-    received_VC = _Start.apply(rows_WC, transfer)
-    return lambda: _Wait.apply(received_VC, transfer)
+    received = _Start.apply(rows, transfer)
+    return lambda: _Wait.apply(received, transfer)
 
 
-def exchange_counts(send_R: Tensor, group: ProcessGroup) -> Tensor:
-    """How many rows each rank of the group will send here, given what this rank sends. int64 [R], or [R, any]"""
-    receive_R = torch.empty_like(send_R)
-    dist.all_to_all_single(receive_R, send_R, group=group)
-    return receive_R
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_WC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.route = (counts, group)
-        return _gather_rows(rows_WC, counts, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_GC: Tensor) -> tuple[Tensor, None, None]:
-        return _reduce_scatter_rows(grad_GC, *ctx.route), None, None
-
-
-class _ReduceScatterRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows_GC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.route = (counts, group)
-        return _reduce_scatter_rows(rows_GC, counts, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad_WC: Tensor) -> tuple[Tensor, None, None]:
-        return _gather_rows(grad_WC, *ctx.route), None, None
-
-
-# As all-to-alls: gloo and NCCL take uneven rows there, but not in all_gather and reduce_scatter.
-def _gather_rows(rows_WC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    copies = rows_WC.repeat(group.size(), *(1 for _ in rows_WC.shape[1:]))
-    return _all_to_all(copies, [rows_WC.shape[0]] * group.size(), counts, group)
-
-
-def _reduce_scatter_rows(rows_GC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    own = counts[group.rank()]
-    parts = _all_to_all(rows_GC, counts, [own] * group.size(), group)
-    return parts.view(group.size(), own, *rows_GC.shape[1:]).sum(dim=0)
-
-
-def gather_rows(rows_WC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    """The rows of all ranks, in the order of the ranks, of which rank r has ``counts[r]``. [G, C]
-
-    The gradient is summed over the ranks: each of them works with the rows in its own way.
-    """
-    return _GatherRows.apply(rows_WC, tuple(counts), group)
-
-
-def reduce_scatter_rows(rows_GC: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Sum equally long tensors over the ranks; rank r keeps its ``counts[r]`` rows of the sum. [W, C]"""
-    return _ReduceScatterRows.apply(rows_GC, tuple(counts), group)
+def exchange_counts(to_send: Tensor, group: ProcessGroup) -> Tensor:
+    """How many rows each rank of the group will send here, given what this rank sends. int64 [ranks, ...]"""
+    to_receive = torch.empty_like(to_send)
+    dist.all_to_all_single(to_receive, to_send, group=group)
+    return to_receive

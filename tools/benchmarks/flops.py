@@ -60,7 +60,7 @@ def adapter_macs(method: Method, n: int, m: int, form: Form, input_grad: bool = 
 
 def norms_macs(method: Method, n: int, m: int) -> float:
     """Multiply-accumulates of ``Method.squared_norms`` of one projection, which are computed once a step."""
-    if not method.needs_norms:
+    if not method.needs_norms():
         return 0.0
     params = {name: torch.empty(method.shape(name, n, m), device="meta") for name in method.parameters}
     with FlopCounterMode(display=False) as counter:
