@@ -1,11 +1,13 @@
-"""Jobs of tests/test_errors.py."""
+"""Jobs and the comparison of tests/test_errors*.py."""
 
 from __future__ import annotations
 
 import io
+import re
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -38,3 +40,14 @@ def train_main(arguments: list[str]) -> Ended:
             traceback.print_exc()
             code = 1
     return Ended(code, stdout.getvalue(), stderr.getvalue())
+
+
+def check_refused(ended: Ended, expected: str, save: Path, rank: int = 0) -> None:
+    """One line that reads as expected, exit code 2, nothing printed, nothing saved."""
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    prefix = f"[rank {rank}] " if rank else ""
+    pattern = ".*".join(re.escape(part) for part in f"{prefix}error: {expected}\n".split("..."))
+    assert re.fullmatch(pattern, ended.stderr), f"\n  got      {ended.stderr}  expected {expected}"
+    assert ended.code == 2
+    assert ended.stdout == ""
+    assert not save.exists()

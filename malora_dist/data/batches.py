@@ -3,7 +3,7 @@
 Without packing a row holds one sample. With packing it holds as many as fit into its positions;
 each is a document of its own, which sees nothing of the others.
 
-Shape suffixes: B rows of a microbatch, S positions, L positions with a loss.
+Shape suffixes: see methods/base.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Core attention: causal, and within documents where a row holds several.
 
-Shape suffixes: B rows, S positions.
+Shape suffixes: see methods/base.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The decoder that all families are built as: norm, layer and model on megatron-core's.
 
-Shape suffixes: S sequence, B batch, H hidden, L positions with a loss.
+Shape suffixes: see methods/base.py.
 """
 
 from __future__ import annotations

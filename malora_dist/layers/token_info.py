@@ -1,6 +1,6 @@
 """What rides with the tokens of a microbatch through the model.
 
-Shape suffixes: B rows of a microbatch, S positions, L positions with a loss.
+Shape suffixes: see methods/base.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ logit     N      one row per expert that every rank needs: the router
 
 Shape suffixes, the same in the whole project: T tokens (or rows made of them), I input width n, O output
 width m, N experts, E experts at hand on this rank, K experts per token, R rank of one expert, D width of
-what is sent to the experts (d for MALoRA). Everything else is spelled out.
+what is sent to the experts (d for MALoRA); around the model B rows of a batch, S positions, L positions with a loss,
+J tasks, H hidden. Everything else is spelled out.
 """
 
 from __future__ import annotations

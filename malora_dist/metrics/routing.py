@@ -1,6 +1,6 @@
 """Expert balance from the routing statistics of all ranks.
 
-Shape suffixes: L adapted projections of this stage, J tasks, N experts.
+Shape suffixes: see methods/base.py; J tasks.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def reduce_statistics(context: RoutingContext, topology: Topology) -> dict[str, 
     found = [context.statistics[site] for site in sites]
     context.statistics.clear()
     if found:
-        counts_LJN = torch.stack([s.counts_JN for s in found])
-        scalars_L3 = torch.stack([torch.stack((s.entropy_sum, s.aux_loss_sum, s.microbatches)) for s in found])
+        counts = torch.stack([s.counts_JN for s in found])
+        scalars = torch.stack([torch.stack((s.entropy_sum, s.aux_loss_sum, s.microbatches)) for s in found])
         for group in (topology.dp_group, topology.tp_group):
-            for tensor in (counts_LJN, scalars_L3):
+            for tensor in (counts, scalars):
                 dist.all_reduce(tensor, group=group)
         # Every TP rank held the whole microbatch's loss, but only its own tokens' counts and entropy.
-        scalars_L3[:, 1:] /= topology.tp_size
+        scalars[:, 1:] /= topology.tp_size
         stage = {
-            site: SiteStatistics(counts_JN, *scalars_3)
-            for site, counts_JN, scalars_3 in zip(sites, counts_LJN.cpu(), scalars_L3.cpu(), strict=True)
+            site: SiteStatistics(counts_JN, *of_site)
+            for site, counts_JN, of_site in zip(sites, counts.cpu(), scalars.cpu(), strict=True)
         }
     else:
         stage = {}

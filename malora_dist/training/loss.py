@@ -1,6 +1,6 @@
 """The language-model loss on answer tokens, summed; megatron divides it by their global number.
 
-Shape suffixes: B batch, S sequence, L positions with a loss, J tasks.
+Shape suffixes: see methods/base.py.
 """
 
 from __future__ import annotations
