@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 
-from malora_dist.config_file import load_config
 from malora_dist.errors import exit_on_user_error
 from malora_dist.parallel.versions import check_versions
 
@@ -25,8 +24,10 @@ def main() -> None:
     """Load the config, build the layout, train."""
     arguments = _parse()
     check_versions()
+    from malora_dist.config_file import load_config  # imports torch
+
     config = load_config(arguments.config, arguments.overrides)
-    # torch and megatron take seconds to import: a wrong config is reported before.
+    # megatron takes seconds to import: a wrong config is reported before.
     from malora_dist.exchange.plan import check_exchange
     from malora_dist.parallel import topology as layout
     from malora_dist.parallel.device import without_expected_warnings

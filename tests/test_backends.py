@@ -227,7 +227,7 @@ def test_banner(workers: WorkerPool, base_dir: Path, task_files: list[Path]) -> 
     assert [kind for kind, _ in counts] == ["router", "S", "P", "B"]
     assert sum(int(number.replace(",", "")) for _, number in counts) == seen["trainable"]
     assert re.search(r"A [\d,]+ \(frozen\), B [\d,]+$", parse(seen["asymmetric_lora"])["trainable"])
-    assert parse(seen["asymmetric_lora"])["dispatch"] == "none (method=asymmetric_lora has one expert)"
+    assert parse(seen["asymmetric_lora"])["dispatch"] == "local (method=asymmetric_lora has one expert)"
     assert parse(seen["interleaved"])["stages"] == "of 2 layers, each in 2 chunks that take turns (interleaved)"
 
 

@@ -85,10 +85,10 @@ def test_written_tasks_load_and_validation_is_held_out(tmp_path: Path) -> None:
 def test_the_config_names_every_task_and_its_seq_length_holds_every_sample(quickstart: ModuleType) -> None:
     config = load_config(ROOT / "configs" / "quickstart.yaml")
     config.validate(world_size=2)
-    assert [task.name for task in config.data] == list(TASKS)
+    assert [task.label for task in config.data] == list(TASKS)
     for task in config.data:
-        assert task.path == f"runs/quickstart/data/train/{task.name}.jsonl"
-        assert task.validation_path == f"runs/quickstart/data/validation/{task.name}.jsonl"
+        assert task.path == f"runs/quickstart/data/train/{task.label}.jsonl"
+        assert task.validation_path == f"runs/quickstart/data/validation/{task.label}.jsonl"
     rng = random.Random(0)
     samples = [skill.sample(rng) for skill in (*TASKS.values(), *BASE_SKILLS) for _ in range(200)]
     ids, _ = quickstart.encode(samples, quickstart.build_tokenizer(256))
