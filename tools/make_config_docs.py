@@ -14,6 +14,7 @@ from typing import Any
 
 from malora_dist import config
 from malora_dist.fields import INT_LIMIT, Rules, rules_of
+from malora_dist.methods.base import METHODS
 from malora_dist.methods.spec import AdapterSpec
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
@@ -64,6 +65,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 def values_of(field: dataclasses.Field[Any], rules: Rules) -> str:
     """What a field takes: its choices, or its type and range."""
+    if field.name == "method":
+        return ", ".join(f"`{name}`" for name in METHODS)
     if rules.choices:
         choices = ", ".join(f"`{choice}`" for choice in rules.choices)
         return choices if field.type == "str" else f"{field.type} of {choices}"

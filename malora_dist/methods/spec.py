@@ -26,11 +26,7 @@ PROJECTIONS: tuple[str, ...] = tuple(p for fused in MEGATRON_LINEARS.values() fo
 class AdapterSpec:
     """Which adapter is put on which projections; the methods are the files of malora_dist/methods/."""
 
-    method: str = key(
-        "malora",
-        "`lora`, `asymmetric_lora`, `dora`, `molora`, `mo_asymmetric_lora`, `hydralora`, `malora`, or an ablation of "
-        "the paper: `molora_equal_start`, `malora_unshared`, `malora_b`",
-    )
+    method: str = key("malora", "what is added to a frozen linear, and how it starts; docs/methods.md has them all")
     target_modules: list[str] = key(
         list(PROJECTIONS),
         "projections to adapt, by Hugging Face name (q_proj, ...) or megatron name (linear_qkv, ...)",
