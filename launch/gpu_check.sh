@@ -2,7 +2,7 @@
 # What only a GPU shows, in one go, with a record of it:  bash launch/gpu_check.sh
 #
 # 1. the one-process rows of tests/test_parity.py on the GPU against the oracle on the CPU, and tests/test_gpu.py (which
-#    compares fmoe with the local dispatcher where fmoe has been built);
+#    compares fmoe with the local exchange where fmoe has been built);
 # 2. a training run of a random Llama of the shape of Llama-3.2-1B in bfloat16, experts on every GPU of this machine;
 # 3. the step time of every method on layers of Llama-2-7B and Llama-3-8B.
 # Everything lies in runs/gpu_check afterwards; versions.txt, train.log and step_time*.json are what to report.
