@@ -128,7 +128,7 @@ class AdapterSpec:
             names += ["num_lora_experts", "topk", "norm_topk_prob"]
         if self.declared.uses("shared"):
             names.append("shared_dim")
-        frozen = tuple(sorted(name for name in self.declared.parameters if not self.declared.is_trained(name)))
+        frozen = sorted(name for name in self.declared.parameters if not self.declared.is_trained(name))
         found = {"target_modules": self.projections, "freeze": frozen}
         return found | {name: getattr(self, name) for name in names}
 
