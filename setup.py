@@ -39,5 +39,5 @@ setup(
         "packaging",
         "psutil",  # megatron-core saves checkpoints with it without asking for it
     ],
-    extras_require={"dev": ["pytest", "ruff", "mypy"], "benchmarks": ["matplotlib"]},
+    extras_require={"dev": ["pytest", "ruff", "mypy", "matplotlib"], "benchmarks": ["matplotlib"]},
 )

@@ -181,13 +181,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="split these and make no base")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--steps", type=int, default=350, help="training steps of the base (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="of the base (default: %(default)s)")
     args = parser.parse_args()
     data = args.out / "data"
     files = split_files(args.data, data, args.seed) if args.data else write_tasks(data, args.seed)
     print(f"data: {len(files)} tasks ({', '.join(file.stem for file in files)}) in {data}", flush=True)
     if not args.data:
         logging.disable_progress_bar()  # the model is one small file
-        make_base(args.out / "base", Recipe(seed=args.seed, steps=args.steps))
+        make_base(args.out / "base", Recipe(seed=args.seed, steps=args.steps, num_layers=args.layers))
 
 
 if __name__ == "__main__":

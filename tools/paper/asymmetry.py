@@ -1,0 +1,34 @@
+"""Figure 5: LoRA and AsyLoRA, whose A is frozen at random, over the rank.
+
+    python tools/paper/asymmetry.py --jobs 2
+
+Every rank is tuned by itself. At equal ranks AsyLoRA trains half as much.
+"""
+
+from experiment import Cell
+from ranks import picture
+from scales import adapter_keys
+from study import Study, build_parser
+from variants import averages, train_variants, variant_report
+
+RANKS = (8, 32, 128, 256)
+
+
+def main() -> None:
+    """Train, compare, write."""
+    args = build_parser(__doc__ or "").parse_args()
+    with Study(args, "Asymmetry") as study:
+        domain = study.domain("intra_domain")
+        by_method = {
+            name: [Cell(f"{name} r {r}", adapter_keys(method, r)) for r in map(study.scale.rank, RANKS)]
+            for name, method in (("LoRA", "lora"), ("AsyLoRA", "asymmetric_lora"))
+        }
+        cells = [cell for of_method in by_method.values() for cell in of_method]
+        tuned, results = train_variants(study, domain, cells)
+    report = variant_report("asymmetry", study, domain, cells, tuned, results, by_method["LoRA"][-1].name)
+    picture(report, domain, by_method, averages(results))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

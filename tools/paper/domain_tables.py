@@ -1,0 +1,138 @@
+"""Tables 1, 2 and 7 of the paper: every method on one domain at equal parameter counts, and single-task LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from comparison import (
+    compare,
+    difference_table,
+    losses,
+    merged,
+    right,
+    runs_for_json,
+    score_table,
+    seesaw,
+    tuning_table,
+    worst_test,
+)
+from experiment import Cell, Domain, Task
+from report import COLOURS, Report
+from scales import paper_cells, parameters_of
+from study import Study, Tuned, build_parser, settings
+from sweep import Result
+
+from malora_dist.data.records import read_records
+
+
+def main(domain_name: str, title: str, description: str) -> None:
+    """Train, compare and write; the whole of inter_domain.py and intra_domain.py."""
+    parser = build_parser(description)
+    parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these methods, by their names in the table")
+    args = parser.parse_args()
+    with Study(args, title) as study:
+        domain = study.domain(domain_name)
+        cells = paper_cells(study.scale, domain)
+        unknown = sorted(set(args.cells or ()) - set(cells))
+        if unknown:
+            parser.error(f"--cells {' '.join(unknown)}: the table has {', '.join(cells)}")
+        chosen = [cell for name, cell in cells.items() if not args.cells or name in args.cells]
+        tuned = study.tune(domain, chosen)
+        results = study.train(domain, chosen, tuned)
+        single, single_tuned = single_tasks(study, domain, cells["LoRA"])
+    report = Report(domain_name, title, study.out, settings(study))
+    _write(report, domain, chosen, tuned, results, single, single_tuned)
+
+
+def single_tasks(study: Study, domain: Domain, lora: Cell) -> tuple[list[Result], dict[str, Tuned]]:
+    """LoRA trained on every task alone, with as many of its samples as in the mixture: (a result per seed, rates)."""
+    names = [task.name for task in domain.tasks]
+    pairs = [(domain.only(name), lora) for name in names]
+    tuned = study.tune_all(pairs, names)
+    found = study.train_all(pairs, names, tuned, keeps_adapter=study.scale.name == "tiny")
+    return merged(list(found.values())), tuned
+
+
+def _write(
+    report: Report,
+    domain: Domain,
+    cells: Sequence[Cell],
+    tuned: dict[str, Tuned],
+    results: dict[str, list[Result]],
+    single: list[Result],
+    single_tuned: dict[str, Tuned],
+) -> None:
+    parameters = {cell.name: parameters_of(cell, domain) for cell in cells}
+    everything = {"LoRA, one task each": single, **results}
+    reference = "MALoRA" if "MALoRA" in results else next(iter(results))
+    has_right = bool(right(single)) if any("right" in s for s in single[0]["tests"].values()) else False
+    columns = {}
+    if has_right:
+        score_table(report, "Right answers, %", everything, parameters)
+        columns["right, points"] = compare(results, reference)
+        columns["right in the worst test, points"] = worst_test(results, reference)
+    score_table(report, "Answer loss", everything, parameters, losses)
+    columns["answer loss x 100"] = compare(results, reference, losses)
+    difference_table(report, f"{reference} minus the others, paired [95%]; bold: 0 lies outside", columns)
+    changes = {"answer loss": seesaw(results, single, losses)}
+    if has_right:
+        changes = {"right, points": seesaw(results, single), **changes}
+    header = ["", *(f"{what}: {which}" for what in changes for which in ("mean", "worst"))]
+    rows = []
+    for name in results:
+        texts = []
+        for what, by_cell in changes.items():
+            scale, digits = (100.0, 1) if what.startswith("right") else (1.0, 3)
+            texts += [interval.text(digits, scale) for interval in by_cell[name]]
+        rows.append([name, *texts])
+    report.table("Seesaw: change against a LoRA of the task alone; more is better", header, rows)
+    report.table("Label tokens", ["task", "training samples", "label tokens", "per sample"], label_tokens(domain))
+    tuning_table(report, tuned | {f"LoRA, {task} alone": one for task, one in single_tuned.items()})
+    _picture(report, results, single, right if has_right else losses)
+    report.keep(
+        parameters=parameters,
+        differences={name: dict(column) for name, column in columns.items()},
+        seesaw=changes,
+        tuning={name: one._asdict() for name, one in (tuned | single_tuned).items()},
+        runs=runs_for_json(everything),
+    )
+    report.write()
+
+
+def label_tokens(domain: Domain) -> list[list[object]]:
+    """The paper's table 7: how much each task gives to learn from. Counted as training counts, EOS included."""
+    from transformers import AutoTokenizer
+
+    from malora_dist.checkpoint.base import hf_dir
+
+    tokenizer = AutoTokenizer.from_pretrained(str(hf_dir(domain.base)))
+    return [[task.name, *_label_tokens(task, tokenizer)] for task in domain.tasks]
+
+
+def _label_tokens(task: Task, tokenizer: Any) -> tuple[str, str, str]:
+    answers = [record["completion"] for _, record in read_records(str(task.train))]
+    tokens = sum(len(ids) + 1 for ids in tokenizer(answers, add_special_tokens=False).input_ids)
+    return f"{len(answers):,}", f"{tokens:,}", f"{tokens / len(answers):.1f}"
+
+
+def _picture(report: Report, results: dict[str, list[Result]], single: list[Result], values: Any) -> None:
+    """Left: averages. Right: every test's change against a LoRA of the task alone."""
+    sign, scale, what = (1, 100, "right answers, %") if values is right else (1, 1, "answer loss")
+    _, (left, seesaws) = report.figure(columns=2)
+    alone = values(single)
+    names = list(results)
+    for i, name in enumerate(names):
+        table = values(results[name])
+        by_seed = scale * np.mean([t.mean(axis=1) for t in table.values()], axis=0)
+        left.scatter(np.full(len(by_seed), i), by_seed, s=14, color=COLOURS[i % len(COLOURS)], alpha=0.6)
+        left.hlines(by_seed.mean(), i - 0.3, i + 0.3, color=COLOURS[i % len(COLOURS)])
+        changes = [sign * scale * (table[test].mean() - alone[test].mean()) for test in table]
+        seesaws.scatter(np.full(len(changes), i), changes, s=14, color=COLOURS[i % len(COLOURS)])
+    left.set_title(f"{what}: average over tests, a point per seed", fontsize=9)
+    seesaws.set_title(f"{what}: change against one LoRA per task, a point per test", fontsize=9)
+    seesaws.axhline(0, color="black", linewidth=0.8)
+    for axis in (left, seesaws):
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
+        axis.grid(axis="y", alpha=0.3)

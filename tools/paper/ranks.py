@@ -1,0 +1,68 @@
+"""Figure 4a and table 11: MoLoRA and MALoRA from low to high rank, MALoRA's beta growing with it as in the paper.
+
+    python tools/paper/ranks.py --jobs 2
+
+Every rank is tuned by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from experiment import Cell, Domain
+from report import COLOURS, Report
+from scales import Scale, adapter_keys, parameters_of
+from study import Study, build_parser
+from variants import averages, train_variants, variant_report
+
+#: The paper's MoLoRA ranks, and the MALoRA (rank, d, beta) of about the same size.
+MOLORA = (4, 8, 16, 32)
+MALORA = ((6, 16, 0.3), (12, 32, 1.0), (24, 64, 3.5), (48, 128, 5.0))
+
+
+def molora_cells(scale: Scale) -> list[Cell]:
+    """A cell per rank."""
+    return [Cell(f"MoLoRA r {r}", adapter_keys("molora", r)) for r in map(scale.rank, MOLORA)]
+
+
+def malora_cells(scale: Scale) -> list[Cell]:
+    """Likewise; half of the smallest rank is rounded up, so that d stays the larger."""
+    cells = []
+    for rank, shared, beta in MALORA:
+        r, d = scale.rank(rank), scale.rank(shared)
+        keys = adapter_keys("malora", r, shared_dim=d, beta=beta)
+        cells.append(Cell(f"MALoRA r {r}, d {d}, beta {beta:g}", keys))
+    return cells
+
+
+def picture(report: Report, domain: Domain, cells: dict[str, Sequence[Cell]], scores: dict[str, list[float]]) -> None:
+    """Score over trained parameters, a line per method and a point per seed."""
+    _, axis = report.figure(height=3.2)
+    for colour, (method, of_method) in zip(COLOURS, cells.items(), strict=False):
+        sizes = [parameters_of(cell, domain) for cell in of_method]
+        means = [sum(scores[cell.name]) / len(scores[cell.name]) for cell in of_method]
+        axis.plot(sizes, means, color=colour, label=method)
+        for size, cell in zip(sizes, of_method, strict=True):
+            axis.scatter([size] * len(scores[cell.name]), scores[cell.name], s=10, color=colour, alpha=0.5)
+    axis.set_xscale("log")
+    axis.set_xlabel("trained parameters")
+    axis.set_ylabel("average over tests")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
+def main() -> None:
+    """Train, compare, write."""
+    args = build_parser(__doc__ or "").parse_args()
+    with Study(args, "Ranks") as study:
+        domain = study.domain("inter_domain")
+        by_method = {"MoLoRA": molora_cells(study.scale), "MALoRA": malora_cells(study.scale)}
+        cells = [cell for of_method in by_method.values() for cell in of_method]
+        tuned, results = train_variants(study, domain, cells)
+    report = variant_report("ranks", study, domain, cells, tuned, results, by_method["MALoRA"][-1].name)
+    picture(report, domain, by_method, averages(results))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
