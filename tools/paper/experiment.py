@@ -107,6 +107,7 @@ class Run:
 
     Attributes:
         keeps_adapter: its parameters are written beside its result.
+        is_tried: for tuning; its test sets are left alone.
     """
 
     domain: Domain
@@ -114,6 +115,7 @@ class Run:
     lr: float
     seed: int
     keeps_adapter: bool = False
+    is_tried: bool = False
 
     @property
     def overrides(self) -> list[str]:

@@ -76,7 +76,7 @@ class Study:
     def tune_all(self, pairs: Sequence[tuple[Domain, Cell]], names: Sequence[str]) -> dict[str, Tuned]:
         """The same for cells on domains of their own, which have to be named apart."""
         points = [(lr, seed) for seed in self.scale.tuning_seeds for lr in self.scale.lrs]
-        runs = [Run(domain, cell, lr, seed) for lr, seed in points for domain, cell in pairs]
+        runs = [Run(domain, cell, lr, seed, is_tried=True) for lr, seed in points for domain, cell in pairs]
         results = self.make(runs, "learning rates")
         return {name: choose(results[i :: len(pairs)]) for i, name in enumerate(names)}
 

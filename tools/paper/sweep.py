@@ -187,6 +187,7 @@ def train_and_score(trainer: Any, run: Run) -> Result:
         name: {"kind": task.kind, **score_file(trainer, tokenizer, file, task.kind, length)}
         for task in run.domain.tasks
         for name, file in task.tests.items()
+        if not run.is_tried
     }
     tenth = max(1, math.ceil(steps / 10))
     return {
