@@ -5,11 +5,12 @@
 Every rank is tuned by itself. At equal ranks AsyLoRA trains half as much.
 """
 
+from comparison import averages
 from experiment import Cell
-from ranks import picture
+from pictures import over_size
 from scales import adapter_keys
 from study import Study, build_parser
-from variants import averages, train_variants, variant_report
+from variants import train_variants, variant_report
 
 RANKS = (8, 32, 128, 256)
 
@@ -26,7 +27,7 @@ def main() -> None:
         cells = [cell for of_method in by_method.values() for cell in of_method]
         tuned, results = train_variants(study, domain, cells)
     report = variant_report("asymmetry", study, domain, cells, tuned, results, by_method["LoRA"][-1].name)
-    picture(report, domain, by_method, averages(results))
+    over_size(report, domain, by_method, averages(results))
     report.write()
 
 

@@ -6,11 +6,12 @@ beta is a scale of the start: it makes P learn faster and S slower, so every pai
 beta 1, and keeps that learning rate.
 """
 
+from comparison import averages
 from experiment import Cell
 from report import Report
 from scales import Scale, adapter_keys
 from study import Study, build_parser
-from variants import averages, train_variants, variant_report
+from variants import train_variants, variant_report
 
 #: The paper's (rank, d): lambda 0.25, 0.5 and 0.75 of the rank rule.
 WIDTHS = ((14, 16), (12, 32), (10, 48))

@@ -36,6 +36,21 @@ def merged(results: Sequence[Sequence[Result]]) -> list[Result]:
     ]
 
 
+def has_right(results: Mapping[str, Sequence[Result]]) -> bool:
+    """Whether the tests have right answers, or losses alone."""
+    return any("right" in scores for found in results.values() for scores in found[0]["tests"].values())
+
+
+def averages(results: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
+    """{cell: average over tests of every seed}: right answers in per cent, or answer loss where there are none."""
+    values, scale = (right, 100.0) if has_right(results) else (losses, 1.0)
+    found = {}
+    for name, of_cell in results.items():
+        tables = list(values(of_cell).values())
+        found[name] = [scale * sum(t[seed].mean() for t in tables) / len(tables) for seed in range(len(of_cell))]
+    return found
+
+
 def compare(results: Results, reference: str, values: Any = right) -> dict[str, Interval]:
     """{other cell: average over tests of the reference minus that of the cell}, paired, 95% intervals."""
     own = values(results[reference])

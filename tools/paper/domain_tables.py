@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from comparison import (
+    averages,
     compare,
     difference_table,
+    has_right,
     losses,
     merged,
     right,
@@ -19,7 +20,8 @@ from comparison import (
     worst_test,
 )
 from experiment import Cell, Domain, Task
-from report import COLOURS, Report
+from pictures import points
+from report import Report
 from scales import paper_cells, parameters_of
 from study import Study, Tuned, build_parser, settings
 from sweep import Result
@@ -41,16 +43,18 @@ def main(domain_name: str, title: str, description: str) -> None:
         chosen = [cell for name, cell in cells.items() if not args.cells or name in args.cells]
         tuned = study.tune(domain, chosen)
         results = study.train(domain, chosen, tuned)
-        single, single_tuned = single_tasks(study, domain, cells["LoRA"])
+        if "LoRA" not in tuned:
+            tuned |= study.tune(domain, [cells["LoRA"]])
+        single, single_tuned = single_tasks(study, domain, cells["LoRA"], tuned["LoRA"])
     report = Report(domain_name, title, study.out, settings(study))
     _write(report, domain, chosen, tuned, results, single, single_tuned)
 
 
-def single_tasks(study: Study, domain: Domain, lora: Cell) -> tuple[list[Result], dict[str, Tuned]]:
+def single_tasks(study: Study, domain: Domain, lora: Cell, on_mixture: Tuned) -> tuple[list[Result], dict[str, Tuned]]:
     """LoRA trained on every task alone, with as many of its samples as in the mixture: (a result per seed, rates)."""
     names = [task.name for task in domain.tasks]
     pairs = [(domain.only(name), lora) for name in names]
-    tuned = study.tune_all(pairs, names)
+    tuned = study.tune_all(pairs, names) if study.scale.tunes_single else dict.fromkeys(names, on_mixture)
     found = study.train_all(pairs, names, tuned, keeps_adapter=study.scale.name == "tiny")
     return merged(list(found.values())), tuned
 
@@ -67,9 +71,8 @@ def _write(
     parameters = {cell.name: parameters_of(cell, domain) for cell in cells}
     everything = {"LoRA, one task each": single, **results}
     reference = "MALoRA" if "MALoRA" in results else next(iter(results))
-    has_right = bool(right(single)) if any("right" in s for s in single[0]["tests"].values()) else False
     columns = {}
-    if has_right:
+    if has_right(everything):
         score_table(report, "Right answers, %", everything, parameters)
         columns["right, points"] = compare(results, reference)
         columns["right in the worst test, points"] = worst_test(results, reference)
@@ -77,7 +80,7 @@ def _write(
     columns["answer loss x 100"] = compare(results, reference, losses)
     difference_table(report, f"{reference} minus the others, paired [95%]; bold: 0 lies outside", columns)
     changes = {"answer loss": seesaw(results, single, losses)}
-    if has_right:
+    if has_right(everything):
         changes = {"right, points": seesaw(results, single), **changes}
     header = ["", *(f"{what}: {which}" for what in changes for which in ("mean", "worst"))]
     rows = []
@@ -90,7 +93,7 @@ def _write(
     report.table("Seesaw: change against a LoRA of the task alone; more is better", header, rows)
     report.table("Label tokens", ["task", "training samples", "label tokens", "per sample"], label_tokens(domain))
     tuning_table(report, tuned | {f"LoRA, {task} alone": one for task, one in single_tuned.items()})
-    _picture(report, results, single, right if has_right else losses)
+    _picture(report, results, single, right if has_right(everything) else losses)
     report.keep(
         parameters=parameters,
         differences={name: dict(column) for name, column in columns.items()},
@@ -118,21 +121,14 @@ def _label_tokens(task: Task, tokenizer: Any) -> tuple[str, str, str]:
 
 
 def _picture(report: Report, results: dict[str, list[Result]], single: list[Result], values: Any) -> None:
-    """Left: averages. Right: every test's change against a LoRA of the task alone."""
-    sign, scale, what = (1, 100, "right answers, %") if values is right else (1, 1, "answer loss")
+    """Left: averages, a point per seed. Right: every test's change against a LoRA of the task alone."""
+    sign, scale, what = (1, 100, "right answers, %") if values is right else (-1, 1, "answer loss")
     _, (left, seesaws) = report.figure(columns=2)
     alone = values(single)
-    names = list(results)
-    for i, name in enumerate(names):
-        table = values(results[name])
-        by_seed = scale * np.mean([t.mean(axis=1) for t in table.values()], axis=0)
-        left.scatter(np.full(len(by_seed), i), by_seed, s=14, color=COLOURS[i % len(COLOURS)], alpha=0.6)
-        left.hlines(by_seed.mean(), i - 0.3, i + 0.3, color=COLOURS[i % len(COLOURS)])
-        changes = [sign * scale * (table[test].mean() - alone[test].mean()) for test in table]
-        seesaws.scatter(np.full(len(changes), i), changes, s=14, color=COLOURS[i % len(COLOURS)])
-    left.set_title(f"{what}: average over tests, a point per seed", fontsize=9)
-    seesaws.set_title(f"{what}: change against one LoRA per task, a point per test", fontsize=9)
+    changes = {}
+    for name, of_cell in results.items():
+        table = values(of_cell)
+        changes[name] = [sign * scale * (table[test].mean() - alone[test].mean()) for test in table]
+    points(left, averages(results), f"{what}: average over tests, a point per seed")
+    points(seesaws, changes, f"{what}: gain on one LoRA per task, a point per test")
     seesaws.axhline(0, color="black", linewidth=0.8)
-    for axis in (left, seesaws):
-        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-        axis.grid(axis="y", alpha=0.3)

@@ -7,13 +7,12 @@ Every rank is tuned by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from experiment import Cell, Domain
-from report import COLOURS, Report
-from scales import Scale, adapter_keys, parameters_of
+from comparison import averages
+from experiment import Cell
+from pictures import over_size
+from scales import Scale, adapter_keys
 from study import Study, build_parser
-from variants import averages, train_variants, variant_report
+from variants import train_variants, variant_report
 
 #: The paper's MoLoRA ranks, and the MALoRA (rank, d, beta) of about the same size.
 MOLORA = (4, 8, 16, 32)
@@ -35,22 +34,6 @@ def malora_cells(scale: Scale) -> list[Cell]:
     return cells
 
 
-def picture(report: Report, domain: Domain, cells: dict[str, Sequence[Cell]], scores: dict[str, list[float]]) -> None:
-    """Score over trained parameters, a line per method and a point per seed."""
-    _, axis = report.figure(height=3.2)
-    for colour, (method, of_method) in zip(COLOURS, cells.items(), strict=False):
-        sizes = [parameters_of(cell, domain) for cell in of_method]
-        means = [sum(scores[cell.name]) / len(scores[cell.name]) for cell in of_method]
-        axis.plot(sizes, means, color=colour, label=method)
-        for size, cell in zip(sizes, of_method, strict=True):
-            axis.scatter([size] * len(scores[cell.name]), scores[cell.name], s=10, color=colour, alpha=0.5)
-    axis.set_xscale("log")
-    axis.set_xlabel("trained parameters")
-    axis.set_ylabel("average over tests")
-    axis.grid(alpha=0.3)
-    axis.legend()
-
-
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()
@@ -60,7 +43,7 @@ def main() -> None:
         cells = [cell for of_method in by_method.values() for cell in of_method]
         tuned, results = train_variants(study, domain, cells)
     report = variant_report("ranks", study, domain, cells, tuned, results, by_method["MALoRA"][-1].name)
-    picture(report, domain, by_method, averages(results))
+    over_size(report, domain, by_method, averages(results))
     report.write()
 
 

@@ -57,9 +57,9 @@ class Report:
         """Figures for the JSON file."""
         self._content |= figures
 
-    def figure(self, columns: int = 1, height: float = 3.6) -> tuple[Figure, Any]:
+    def figure(self, columns: int = 1, width: float = 1, height: float = 3.6) -> tuple[Figure, Any]:
         """The picture and its axes, side by side."""
-        figure, axes = plt.subplots(1, columns, figsize=(1.2 + 4.4 * columns, height), layout="constrained")
+        figure, axes = plt.subplots(1, columns, figsize=(1.2 + 4.4 * columns * width, height), layout="constrained")
         self._figures.append(figure)
         return figure, axes
 

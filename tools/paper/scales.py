@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,9 @@ class Scale:
         tuning_seeds: others, for choosing learning rates.
         lrs: the grid that every method is tuned on.
         keys: config keys of every run.
+        base_steps: of training the base, where it is made here.
+        domain_keys: {domain: further config keys}.
+        tunes_single: whether LoRA is tuned for every task alone; otherwise it takes its rate on the mixture.
         data_seed: draws the tasks' samples.
     """
 
@@ -44,6 +47,8 @@ class Scale:
     lrs: tuple[float, ...]
     keys: Mapping[str, Any]
     base_steps: int = 0
+    domain_keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tunes_single: bool = True
     data_seed: int = 1
 
     def rank(self, of_paper: int) -> int:
@@ -90,8 +95,10 @@ SCALES = {
             "bf16": True,
             "micro_batch_size": 2,
             "global_batch_size": 16,
-            "train_iters": 100,
         },
+        # Samples of the inter-domain are three times as long.
+        domain_keys={"inter_domain": {"train_iters": 60}, "intra_domain": {"train_iters": 150}},
+        tunes_single=False,
     ),
     "gpu": Scale(
         name="gpu",
@@ -124,7 +131,7 @@ def make_domain(scale: Scale, name: str, out: Path, hf_model: Path | None, data:
             "--data", "", "is needed at --scale small", "name the folder of the data sets (docs/paper.md)"
         )
     tasks = write_real(name, data, out / "data", scale.data_seed)
-    return Domain(name, base, tasks, scale.keys).with_digest()
+    return Domain(name, base, tasks, {**scale.keys, **scale.domain_keys[name]}).with_digest()
 
 
 def _tiny(scale: Scale, name: str, out: Path) -> Domain:

@@ -40,13 +40,13 @@ class Study:
     def __init__(self, args: argparse.Namespace, title: str) -> None:
         scale = SCALES[args.scale]
         if args.steps:
-            scale = replace(scale, keys={**scale.keys, "train_iters": args.steps}, base_steps=min(scale.base_steps, 60))
+            steps = {"train_iters": args.steps}
+            of_domain = {domain: {**keys, **steps} for domain, keys in scale.domain_keys.items()}
+            base_steps = min(scale.base_steps, 60)
+            scale = replace(scale, keys={**scale.keys, **steps}, domain_keys=of_domain, base_steps=base_steps)
         if args.seeds:
             scale = replace(scale, seeds=scale.seeds[: args.seeds], tuning_seeds=scale.tuning_seeds[: args.seeds])
-        if args.steps and args.scale == "tiny":
-            self.out = args.out / f"{scale.name}_{args.steps}_steps"
-        else:
-            self.out = args.out / scale.name
+        self.out = args.out / (f"{scale.name}_{args.steps}_steps" if args.steps else scale.name)
         self.scale: Scale = scale
         self.title = title
         self._args = args

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from comparison import (
+    averages,
     compare,
     difference_table,
+    has_right,
     losses,
-    right,
     runs_for_json,
     score_table,
     tuning_table,
 )
 from experiment import Cell, Domain
+from pictures import points
 from report import Report
 from scales import parameters_of
 from study import Study, Tuned, settings
@@ -33,11 +35,6 @@ def train_variants(
     tuned = study.tune(domain, tuned_cells)
     of_cell = {name: tuned[cell.name] for name, cell in stands_in.items()}
     return of_cell, study.train(domain, cells, of_cell)
-
-
-def has_right(results: Mapping[str, Sequence[Result]]) -> bool:
-    """Whether the tests have right answers, or losses alone."""
-    return any("right" in scores for found in results.values() for scores in found[0]["tests"].values())
 
 
 def variant_report(
@@ -60,6 +57,8 @@ def variant_report(
     columns["answer loss x 100"] = compare(results, reference, losses)
     difference_table(report, f"{reference} minus the others, paired [95%]; bold: 0 lies outside", columns)
     tuning_table(report, tuned)
+    _, axis = report.figure(width=2)
+    points(axis, averages(results), "average over tests, a point per seed")
     report.keep(
         parameters=parameters,
         differences=columns,
@@ -67,13 +66,3 @@ def variant_report(
         runs=runs_for_json(results),
     )
     return report
-
-
-def averages(results: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
-    """{cell: average over tests of every seed}: right answers in per cent, or answer loss where there are none."""
-    values, scale = (right, 100.0) if has_right(results) else (losses, 1.0)
-    found = {}
-    for name, of_cell in results.items():
-        tables = list(values(of_cell).values())
-        found[name] = [scale * sum(t[seed].mean() for t in tables) / len(tables) for seed in range(len(of_cell))]
-    return found
