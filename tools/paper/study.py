@@ -42,7 +42,7 @@ class Study:
         if args.steps:
             steps = {"train_iters": args.steps}
             of_domain = {domain: {**keys, **steps} for domain, keys in scale.domain_keys.items()}
-            base_steps = min(scale.base_steps, 60)
+            base_steps = min(scale.base_steps, max(args.steps, 60))
             scale = replace(scale, keys={**scale.keys, **steps}, domain_keys=of_domain, base_steps=base_steps)
         if args.seeds:
             scale = replace(scale, seeds=scale.seeds[: args.seeds], tuning_seeds=scale.tuning_seeds[: args.seeds])
