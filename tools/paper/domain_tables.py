@@ -41,17 +41,23 @@ def main(domain_name: str, title: str, description: str) -> None:
         chosen = [cell for name, cell in cells.items() if not args.cells or name in args.cells]
         tuned = study.tune(domain, chosen)
         results = study.train(domain, chosen, tuned)
-        single, single_tuned = single_tasks(study, domain, cells["LoRA"])
+        single, single_tuned = single_tasks(study, domain, cells["LoRA"], keeps_adapter=study.scale.name == "tiny")
     report = Report(domain_name, title, study.out, settings(study))
     _write(report, domain, chosen, tuned, results, single, single_tuned)
 
 
-def single_tasks(study: Study, domain: Domain, lora: Cell) -> tuple[list[Result], dict[str, Tuned]]:
-    """LoRA trained on every task alone, with as many of its samples as in the mixture: (a result per seed, rates)."""
+def single_tasks(
+    study: Study, domain: Domain, lora: Cell, keeps_adapter: bool = False
+) -> tuple[list[Result], dict[str, Tuned]]:
+    """LoRA trained on every task alone, with as many of its samples as in the mixture: (a result per seed, rates).
+
+    Args:
+        keeps_adapter: for similarity.py, which looks into the adapters of the same runs.
+    """
     names = [task.name for task in domain.tasks]
     pairs = [(domain.only(name), lora) for name in names]
     tuned = study.tune_all(pairs, names)
-    found = study.train_all(pairs, names, tuned, keeps_adapter=study.scale.name == "tiny")
+    found = study.train_all(pairs, names, tuned, keeps_adapter)
     return merged(list(found.values())), tuned
 
 

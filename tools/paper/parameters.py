@@ -140,7 +140,7 @@ def rule_table(report: Report, bases: Mapping[str, Base]) -> None:
 
 def picture(report: Report, bases: Mapping[str, Base]) -> None:
     """A bar per method, stacked by kind of parameter; a panel per shape."""
-    _, axes = report.figure(columns=len(bases))
+    figure, axes = report.figure(columns=len(bases))
     for axis, (shape, base) in zip(axes, bases.items(), strict=True):
         trained = [candidate_of(row.cell, base).figures["trained"] for row in TABLE_1]
         kinds = sorted({kind for of_method in trained for kind in of_method})
@@ -152,7 +152,7 @@ def picture(report: Report, bases: Mapping[str, Base]) -> None:
         axis.set_xticks(range(len(trained)), [row.cell.name for row in TABLE_1], rotation=40, ha="right", fontsize=8)
         axis.set_title(f"{shape}: trained parameters, millions", fontsize=9)
         axis.grid(axis="y", alpha=0.3)
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def main() -> None:
