@@ -8,6 +8,8 @@ from scales import Scale, adapter_keys, paper_cells
 from study import Study, build_parser
 from variants import train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
+
 
 def ablation_cells(scale: Scale, malora: Cell) -> list[Cell]:
     """The rows of the table, at the paper's ranks (divided)."""
@@ -24,6 +26,7 @@ def ablation_cells(scale: Scale, malora: Cell) -> list[Cell]:
     ]
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()

@@ -23,11 +23,12 @@ from report import COLOURS, Report
 from scales import paper_cells, parameters_of
 from study import Study, Tuned, build_parser, settings
 from sweep import Result
+from variants import has_right
 
 from malora_dist.data.records import read_records
 
 
-def main(domain_name: str, title: str, description: str) -> None:
+def compare_methods(domain_name: str, title: str, description: str) -> None:
     """Train, compare and write; the whole of inter_domain.py and intra_domain.py."""
     parser = build_parser(description)
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these methods, by their names in the table")
@@ -73,9 +74,9 @@ def _write(
     parameters = {cell.name: parameters_of(cell, domain) for cell in cells}
     everything = {"LoRA, one task each": single, **results}
     reference = "MALoRA" if "MALoRA" in results else next(iter(results))
-    has_right = bool(right(single)) if any("right" in s for s in single[0]["tests"].values()) else False
+    are_answers = has_right(everything)
     columns = {}
-    if has_right:
+    if are_answers:
         score_table(report, "Right answers, %", everything, parameters)
         columns["right, points"] = compare(results, reference)
         columns["right in the worst test, points"] = worst_test(results, reference)
@@ -83,7 +84,7 @@ def _write(
     columns["answer loss x 100"] = compare(results, reference, losses)
     difference_table(report, f"{reference} minus the others, paired [95%]; bold: 0 lies outside", columns)
     changes = {"answer loss": seesaw(results, single, losses)}
-    if has_right:
+    if are_answers:
         changes = {"right, points": seesaw(results, single), **changes}
     header = ["", *(f"{what}: {which}" for what in changes for which in ("mean", "worst"))]
     rows = []
@@ -96,7 +97,7 @@ def _write(
     report.table("Seesaw: change against a LoRA of the task alone; more is better", header, rows)
     report.table("Label tokens", ["task", "training samples", "label tokens", "per sample"], label_tokens(domain))
     tuning_table(report, tuned | {f"LoRA, {task} alone": one for task, one in single_tuned.items()})
-    _picture(report, results, single, right if has_right else losses)
+    _picture(report, results, single, right if are_answers else losses)
     report.keep(
         parameters=parameters,
         differences={name: dict(column) for name, column in columns.items()},

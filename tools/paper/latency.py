@@ -20,6 +20,8 @@ import numpy as np
 from report import COLOURS, Report
 from study import ROOT, Study, build_parser
 
+from malora_dist.errors import exit_on_user_error
+
 PARTS = ("forward", "backward", "optimizer")
 
 
@@ -110,6 +112,7 @@ def picture(report: Report, by_model: dict[str, Any]) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
+@exit_on_user_error
 def main() -> None:
     """Measure and write."""
     parser = build_parser(__doc__ or "")

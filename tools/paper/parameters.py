@@ -19,6 +19,7 @@ from report import COLOURS, Report
 from scales import SCALES, adapter_keys, candidate_of
 from study import Study, build_parser
 
+from malora_dist.errors import exit_on_user_error
 from malora_dist.families.base import projection_widths
 from malora_dist.families.shapes import SHAPES, base_parameters, released_config
 from malora_dist.methods.budget import rank_rule, total
@@ -155,6 +156,7 @@ def picture(report: Report, bases: Mapping[str, Base]) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
+@exit_on_user_error
 def main() -> None:
     """Count and write."""
     args = build_parser(__doc__ or "").parse_args()

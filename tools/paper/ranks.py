@@ -15,6 +15,8 @@ from scales import Scale, adapter_keys, parameters_of
 from study import Study, build_parser
 from variants import averages, train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
+
 #: The paper's MoLoRA ranks, and the MALoRA (rank, d, beta) of about the same size.
 MOLORA = (4, 8, 16, 32)
 MALORA = ((6, 16, 0.3), (12, 32, 1.0), (24, 64, 3.5), (48, 128, 5.0))
@@ -51,6 +53,7 @@ def picture(report: Report, domain: Domain, cells: dict[str, Sequence[Cell]], sc
     axis.legend()
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()

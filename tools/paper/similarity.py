@@ -25,6 +25,8 @@ from study import Study, build_parser, settings
 from subspaces import Factors, Overlap, Site, basis, overlap, read_factors, spectrum
 from torch import Tensor
 
+from malora_dist.errors import exit_on_user_error
+
 Adapter = Mapping[Site, Factors]
 #: What of an expert is compared: its name in the tables, and its matrix [experts, r, width].
 KINDS: Mapping[str, Callable[[Factors], Tensor]] = {
@@ -199,6 +201,7 @@ def pictures(
         axis.legend(fontsize=7)
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()
