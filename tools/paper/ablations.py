@@ -4,14 +4,16 @@ python tools/paper/ablations.py --jobs 2
 """
 
 from experiment import Cell
-from scales import adapter_keys, paper_cells
+from scales import Scale, adapter_keys, paper_cells
 from study import Study, build_parser
 from variants import train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
 
-def ablation_cells(study: Study, malora: Cell) -> list[Cell]:
+
+def ablation_cells(scale: Scale, malora: Cell) -> list[Cell]:
     """The rows of the table, at the paper's ranks (divided)."""
-    r8, r12, r16, d32, d64 = (study.scale.rank(width) for width in (8, 12, 16, 32, 64))
+    r8, r12, r16, d32, d64 = (scale.rank(width) for width in (8, 12, 16, 32, 64))
     return [
         malora,
         malora.but("no asymmetry", **adapter_keys("malora", r8, shared_dim=d64)),
@@ -24,12 +26,13 @@ def ablation_cells(study: Study, malora: Cell) -> list[Cell]:
     ]
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()
     with Study(args, "Ablations") as study:
         domain = study.domain("inter_domain")
-        cells = ablation_cells(study, paper_cells(study.scale, domain)["MALoRA"])
+        cells = ablation_cells(study.scale, paper_cells(study.scale, domain)["MALoRA"])
         tuned, results = train_variants(study, domain, cells)
     variant_report("ablations", study, domain, cells, tuned, results, "MALoRA").write()
 

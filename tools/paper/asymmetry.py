@@ -12,9 +12,12 @@ from scales import adapter_keys
 from study import Study, build_parser
 from variants import train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
+
 RANKS = (8, 32, 128, 256)
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()

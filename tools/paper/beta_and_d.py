@@ -13,6 +13,8 @@ from scales import Scale, adapter_keys
 from study import Study, build_parser
 from variants import train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
+
 #: The paper's (rank, d): lambda 0.25, 0.5 and 0.75 of the rank rule.
 WIDTHS = ((14, 16), (12, 32), (10, 48))
 BETAS = (0.5, 1.0, 1.25, 2.0)
@@ -39,6 +41,7 @@ def grid_table(report: Report, by_width: dict[str, list[Cell]], scores: dict[str
     report.table("Average over tests", ["", *(f"beta {beta:g}" for beta in BETAS)], rows)
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()

@@ -84,6 +84,12 @@ def draws_for(values: Values) -> Draws:
     return Draws(seeds, {test: table.shape[1] for test, table in values.items()})
 
 
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of a figure of every seed."""
+    table = {"": np.array(values, dtype=np.float64)[:, None]}
+    return draws_for(table).interval(table, average)
+
+
 def difference(a: Values, b: Values) -> dict[str, np.ndarray]:
     """a - b, question by question.
 

@@ -29,7 +29,7 @@ from sweep import Result
 from malora_dist.data.records import read_records
 
 
-def main(domain_name: str, title: str, description: str) -> None:
+def compare_methods(domain_name: str, title: str, description: str) -> None:
     """Train, compare and write; the whole of inter_domain.py and intra_domain.py."""
     parser = build_parser(description)
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="only these methods, by their names in the table")
@@ -45,17 +45,25 @@ def main(domain_name: str, title: str, description: str) -> None:
         results = study.train(domain, chosen, tuned)
         if "LoRA" not in tuned:
             tuned |= study.tune(domain, [cells["LoRA"]])
-        single, single_tuned = single_tasks(study, domain, cells["LoRA"], tuned["LoRA"])
+        keeps_adapter = study.scale.name == "tiny"
+        single, single_tuned = single_tasks(study, domain, cells["LoRA"], tuned["LoRA"], keeps_adapter)
     report = Report(domain_name, title, study.out, settings(study))
     _write(report, domain, chosen, tuned, results, single, single_tuned)
 
 
-def single_tasks(study: Study, domain: Domain, lora: Cell, on_mixture: Tuned) -> tuple[list[Result], dict[str, Tuned]]:
-    """LoRA trained on every task alone, with as many of its samples as in the mixture: (a result per seed, rates)."""
+def single_tasks(
+    study: Study, domain: Domain, lora: Cell, on_mixture: Tuned, keeps_adapter: bool = False
+) -> tuple[list[Result], dict[str, Tuned]]:
+    """LoRA trained on every task alone, with as many of its samples as in the mixture: (a result per seed, rates).
+
+    Args:
+        on_mixture: its learning rate there, which it takes where the scale does not tune it for every task.
+        keeps_adapter: for similarity.py, which looks into the adapters of the same runs.
+    """
     names = [task.name for task in domain.tasks]
     pairs = [(domain.only(name), lora) for name in names]
     tuned = study.tune_all(pairs, names) if study.scale.tunes_single else dict.fromkeys(names, on_mixture)
-    found = study.train_all(pairs, names, tuned, keeps_adapter=study.scale.name == "tiny")
+    found = study.train_all(pairs, names, tuned, keeps_adapter)
     return merged(list(found.values())), tuned
 
 
@@ -71,8 +79,9 @@ def _write(
     parameters = {cell.name: parameters_of(cell, domain) for cell in cells}
     everything = {"LoRA, one task each": single, **results}
     reference = "MALoRA" if "MALoRA" in results else next(iter(results))
+    are_answers = has_right(everything)
     columns = {}
-    if has_right(everything):
+    if are_answers:
         score_table(report, "Right answers, %", everything, parameters)
         columns["right, points"] = compare(results, reference)
         columns["right in the worst test, points"] = worst_test(results, reference)
@@ -80,7 +89,7 @@ def _write(
     columns["answer loss x 100"] = compare(results, reference, losses)
     difference_table(report, f"{reference} minus the others, paired [95%]; bold: 0 lies outside", columns)
     changes = {"answer loss": seesaw(results, single, losses)}
-    if has_right(everything):
+    if are_answers:
         changes = {"right, points": seesaw(results, single), **changes}
     header = ["", *(f"{what}: {which}" for what in changes for which in ("mean", "worst"))]
     rows = []
@@ -93,7 +102,7 @@ def _write(
     report.table("Seesaw: change against a LoRA of the task alone; more is better", header, rows)
     report.table("Label tokens", ["task", "training samples", "label tokens", "per sample"], label_tokens(domain))
     tuning_table(report, tuned | {f"LoRA, {task} alone": one for task, one in single_tuned.items()})
-    _picture(report, results, single, right if has_right(everything) else losses)
+    _picture(report, results, single, right if are_answers else losses)
     report.keep(
         parameters=parameters,
         differences={name: dict(column) for name, column in columns.items()},

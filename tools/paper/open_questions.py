@@ -11,7 +11,10 @@ from scales import paper_cells
 from study import Study, build_parser
 from variants import train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
 
+
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()

@@ -14,6 +14,8 @@ from scales import Scale, adapter_keys
 from study import Study, build_parser
 from variants import train_variants, variant_report
 
+from malora_dist.errors import exit_on_user_error
+
 #: The paper's MoLoRA ranks, and the MALoRA (rank, d, beta) of about the same size.
 MOLORA = (4, 8, 16, 32)
 MALORA = ((6, 16, 0.3), (12, 32, 1.0), (24, 64, 3.5), (48, 128, 5.0))
@@ -34,6 +36,7 @@ def malora_cells(scale: Scale) -> list[Cell]:
     return cells
 
 
+@exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
     args = build_parser(__doc__ or "").parse_args()

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiment import Task
 
-from malora_dist.data.records import read_records
+from malora_dist.data.records import read_records, text_of
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.errors import ConfigError, DataError
 
@@ -103,30 +103,35 @@ def _parsed(file: Path, parse: Callable[[Record, str], Record]) -> Iterator[Reco
 
 def _choice(record: Record, where: str) -> Record:
     """LLM-Adapters' multiple choice: options in the instruction, ``answer3`` as the answer."""
-    found = _CHOICE.search(record["instruction"])
-    if found is None or not record["answer"].removeprefix("answer").isdigit():
+    found = _CHOICE.search(text_of(record, "instruction", where))
+    options = [f" {text.strip()}" for text in _NEXT_OPTION.split(found["options"])] if found else []
+    names = [f"answer{number}" for number in range(1, len(options) + 1)]
+    answer = text_of(record, "answer", where)
+    if found is None or answer not in names:
         raise DataError(f"{where}: is no multiple-choice record of LLM-Adapters; use its files as they are")
-    options = [f" {text.strip()}" for text in _NEXT_OPTION.split(found["options"])]
-    right = int(record["answer"].removeprefix("answer")) - 1
+    right = names.index(answer)
     return {"prompt": f"Question: {found['question']}\nAnswer:", "options": options, "right": right}
 
 
 def _true_false(record: Record, where: str) -> Record:
     """LLM-Adapters' BoolQ, which has no passages."""
-    found = _TRUE_FALSE.search(record["instruction"])
-    if found is None or record["answer"] not in ("true", "false"):
+    found = _TRUE_FALSE.search(text_of(record, "instruction", where))
+    answer = text_of(record, "answer", where)
+    if found is None or answer not in ("true", "false"):
         raise DataError(f"{where}: is no true-or-false record of LLM-Adapters; use its files as they are")
     prompt = f"Question: {found['question']} True or false?\nAnswer:"
-    return {"prompt": prompt, "options": [" true", " false"], "right": int(record["answer"] == "false")}
+    return {"prompt": prompt, "options": [" true", " false"], "right": int(answer == "false")}
 
 
 def _math(record: Record, where: str) -> Record:
-    return {"prompt": f"Question: {record['question']}\nAnswer:", "completion": f" {record['answer']}"}
+    question, answer = (text_of(record, column, where) for column in ("question", "answer"))
+    return {"prompt": f"Question: {question}\nAnswer:", "completion": f" {answer}"}
 
 
 def _code(record: Record, where: str) -> Record:
-    given = f"\n{record['input']}" if record["input"] else ""
-    return {"prompt": f"Instruction: {record['instruction']}{given}\nAnswer:", "completion": f" {record['output']}"}
+    instruction, given, output = (text_of(record, column, where) for column in ("instruction", "input", "output"))
+    asked = f"{instruction}\n{given}" if given else instruction
+    return {"prompt": f"Instruction: {asked}\nAnswer:", "completion": f" {output}"}
 
 
 _PARSERS: Mapping[str, Callable[[Record, str], Record]] = {

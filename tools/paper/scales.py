@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tiny_tasks import INTER_DOMAIN, INTRA_DOMAIN, draw
 from malora_dist.checkpoint.convert import import_hf
 from malora_dist.config_file import load_config
 from malora_dist.errors import ConfigError
-from malora_dist.methods.comparison import Candidate, as_large_as
+from malora_dist.methods.comparison import Base, Candidate, as_large_as
 
 ROOT = Path(__file__).resolve().parents[2]
 DOMAINS = ("inter_domain", "intra_domain")
@@ -34,9 +34,10 @@ class Scale:
         tuning_seeds: others, for choosing learning rates.
         lrs: the grid that every method is tuned on.
         keys: config keys of every run.
-        base_steps: of training the base, where it is made here.
+        base_steps: training steps of the base, where the scale trains its own.
         domain_keys: {domain: further config keys}.
         tunes_single: whether LoRA is tuned for every task alone; otherwise it takes its rate on the mixture.
+        samples: {split: how many of each task}, where the scale draws its own.
         data_seed: draws the tasks' samples.
     """
 
@@ -49,11 +50,23 @@ class Scale:
     base_steps: int = 0
     domain_keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tunes_single: bool = True
+    samples: Mapping[str, int] = field(default_factory=dict)
     data_seed: int = 1
 
     def rank(self, of_paper: int) -> int:
         """The paper's rank or width at this scale."""
         return max(1, round(of_paper / self.divisor))
+
+    def with_steps(self, steps: int) -> Scale:
+        """Runs of another length. Shorter ones shrink base, tasks and grid too, where the scale makes them itself: a
+        script is then tried in seconds and shows nothing."""
+        length = {"train_iters": steps}
+        of_domain = {domain: {**keys, **length} for domain, keys in self.domain_keys.items()}
+        changed = replace(self, keys={**self.keys, **length}, domain_keys=of_domain)
+        if not self.base_steps or steps >= self.keys["train_iters"]:
+            return changed
+        samples = {"validation": 8, "test": 8, "train": 64}
+        return replace(changed, base_steps=20, samples=samples, lrs=self.lrs[1:3])
 
 
 #: AdamW, warm-up, decay, experts, top-k, balance factor and gates as in the paper (PAPER section 3); no dropout at the
@@ -81,6 +94,7 @@ SCALES = {
         lrs=(2e-3, 4e-3, 8e-3, 1.6e-2),
         keys={**_PAPER, "seq_length": 32, "micro_batch_size": 16, "global_batch_size": 16, "train_iters": 400},
         base_steps=500,
+        samples={"validation": 60, "test": 100, "train": 1500},
     ),
     "small": Scale(
         name="small",
@@ -144,10 +158,9 @@ def _tiny(scale: Scale, name: str, out: Path) -> Domain:
         import_hf(out / "base", base)
     tasks = []
     for task, skill in {"inter_domain": INTER_DOMAIN, "intra_domain": INTRA_DOMAIN}[name].items():
-        counts = {"validation": 60, "test": 100, "train": 1500}
-        files = {split: out / name / split / f"{task}.jsonl" for split in counts}
+        files = {split: out / name / split / f"{task}.jsonl" for split in scale.samples}
         if not all(file.is_file() for file in files.values()):
-            for split, samples in draw(skill, counts, scale.data_seed).items():
+            for split, samples in draw(skill, scale.samples, scale.data_seed).items():
                 files[split].parent.mkdir(parents=True, exist_ok=True)
                 lines = "".join(json.dumps(vars(sample)) + "\n" for sample in samples)
                 files[split].write_text(lines, encoding="utf-8")
@@ -178,8 +191,7 @@ def paper_cells(scale: Scale, domain: Domain) -> dict[str, Cell]:
     beta = PAPER_BETA[domain.name]
     malora = Cell("MALoRA", adapter_keys("malora", scale.rank(12), shared_dim=scale.rank(32), beta=beta))
     small = Cell("MALoRA-Small", adapter_keys("malora", scale.rank(8), shared_dim=scale.rank(22), beta=beta))
-    base = domain.measured
-    reference = Candidate("malora", load_config(None, _overrides(malora)), base)
+    reference = candidate_of(malora, domain.measured)
     others = {
         "LoRA": "lora",
         "AsyLoRA": "asymmetric_lora",
@@ -195,15 +207,17 @@ def paper_cells(scale: Scale, domain: Domain) -> dict[str, Cell]:
     return {**cells, "MALoRA-Small": small, "MALoRA": malora}
 
 
+def candidate_of(cell: Cell, base: Base) -> Candidate:
+    """A cell on a base, for counting."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in ({**_PAPER, **cell.keys}).items()]
+    return Candidate(cell.name, load_config(None, overrides), base)
+
+
 def parameters_of(cell: Cell, domain: Domain) -> int:
     """Trainable parameters, routers included."""
-    return Candidate(cell.name, load_config(None, _overrides(cell)), domain.measured).total
+    return candidate_of(cell, domain.measured).total
 
 
 def adapter_keys(method: str, rank: int, **more: Any) -> dict[str, Any]:
     """Config keys of an adapter; alpha is twice the rank, as everywhere in the paper."""
     return {"method": method, "lora_rank": rank, "lora_alpha": 2 * rank, **more}
-
-
-def _overrides(cell: Cell) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in ({**_PAPER, **cell.keys}).items()]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from experiment import Cell, Domain, Run
 from scales import DOMAINS, SCALES, Scale, make_domain
-from sweep import Result, Workers
+from sweep import Result, Workers, adapter_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,10 +40,7 @@ class Study:
     def __init__(self, args: argparse.Namespace, title: str) -> None:
         scale = SCALES[args.scale]
         if args.steps:
-            steps = {"train_iters": args.steps}
-            of_domain = {domain: {**keys, **steps} for domain, keys in scale.domain_keys.items()}
-            base_steps = min(scale.base_steps, max(args.steps, 60))
-            scale = replace(scale, keys={**scale.keys, **steps}, domain_keys=of_domain, base_steps=base_steps)
+            scale = scale.with_steps(args.steps)
         if args.seeds:
             scale = replace(scale, seeds=scale.seeds[: args.seeds], tuning_seeds=scale.tuning_seeds[: args.seeds])
         self.out = args.out / (f"{scale.name}_{args.steps}_steps" if args.steps else scale.name)
@@ -51,7 +48,11 @@ class Study:
         self.title = title
         self._args = args
         self._domains: dict[str, Domain] = {}
-        self._workers = Workers(args.jobs, max(1, (os.cpu_count() or 1) // args.jobs))
+        self._workers = Workers(args.jobs, max(1, (os.cpu_count() or 1) // max(1, args.jobs)))
+
+    @property
+    def _runs(self) -> Path:
+        return self.out / "runs"
 
     def __enter__(self) -> Study:
         return self
@@ -67,7 +68,11 @@ class Study:
 
     def make(self, runs: Sequence[Run], what: str) -> list[Result]:
         """The results of runs, in their order."""
-        return self._workers.run_all(runs, self.out / "runs", f"{self.title}: {what}")
+        return self._workers.run_all(runs, self._runs, f"{self.title}: {what}")
+
+    def adapter_file(self, run: Run) -> Path:
+        """Where a run that keeps its adapter wrote it."""
+        return adapter_file(self._runs / f"{run.identity}.json")
 
     def tune(self, domain: Domain, cells: Sequence[Cell]) -> dict[str, Tuned]:
         """Every cell's best learning rate of the scale's grid, by the validation splits; the cost is alike for all."""
@@ -121,9 +126,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--hf-model", type=Path, metavar="DIR", help="base of the scales small and gpu")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets of the scale small")
     parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; the cores are divided among them")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs side by side, the cores divided among them; 0: in this process"
+    )
     parser.add_argument("--seeds", type=int, help="only so many")
-    parser.add_argument("--steps", type=int, help="train less, to try a script")
+    parser.add_argument("--steps", type=int, help="train so long; at --scale tiny all else shrinks, to try a script")
     return parser
 
 

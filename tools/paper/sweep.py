@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -36,12 +36,19 @@ class _Job(NamedTuple):
 
 class Workers:
     """Processes that make runs side by side and live until :meth:`close`, since importing torch and megatron takes
-    seconds."""
+    seconds.
+
+    Args:
+        jobs: how many; 0: the runs are made in this process.
+        threads: of torch in each.
+    """
 
     def __init__(self, jobs: int, threads: int) -> None:
         self._jobs, self._threads = jobs, threads
         self._stack = ExitStack()
         self._pipes: list[Connection] = []
+        self._here = Worker()
+        self._stack.callback(self._here.close)
 
     def close(self) -> None:
         """End them."""
@@ -52,7 +59,7 @@ class Workers:
         """The results of all runs, in their order; those that are not there yet are made.
 
         Raises:
-            RunError: one failed; the results of the others stay.
+            RunError: one failed. No further ones were begun; what was done or being done is kept.
         """
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"{run.identity}.json" for run in runs]
@@ -62,7 +69,7 @@ class Workers:
                 todo[file] = _Job(run, file)
         if todo:
             with tqdm(total=len(runs), initial=len(runs) - len(todo), desc=title, unit="run", mininterval=1) as bar:
-                self._work_off(list(todo.values()), bar)
+                (self._work_off if self._jobs else self._work_here)(list(todo.values()), bar)
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
     def _work_off(self, todo: list[_Job], bar: Any) -> None:
@@ -71,6 +78,7 @@ class Workers:
             self._pipes.append(self._stack.enter_context(_worker(len(self._pipes), self._threads)))
         waiting = iter(todo)
         busy: list[Connection] = []
+        failures = []
         for pipe, job in zip(self._pipes, waiting, strict=False):
             pipe.send(job)
             busy.append(pipe)
@@ -82,17 +90,32 @@ class Workers:
                 except EOFError as error:
                     raise RunError("a worker ended in the middle of a run; was it killed for its memory?") from error
                 if failure:
-                    raise RunError(failure)
-                bar.update()
-                following = next(waiting, None)
+                    failures.append(failure)
+                else:
+                    bar.update()
+                following = None if failures else next(waiting, None)
                 if following is None:
                     busy.remove(pipe)
                 else:
                     pipe.send(following)
+        if failures:
+            raise RunError("\n".join(failures))
+
+    def _work_here(self, todo: list[_Job], bar: Any) -> None:
+        for job in todo:
+            failure = self._here.attempt(job)
+            if failure:
+                raise RunError(failure)
+            bar.update()
+
+
+def adapter_file(result: Path) -> Path:
+    """Beside a run's result, its adapter."""
+    return result.with_suffix(".safetensors")
 
 
 def _is_done(run: Run, file: Path) -> bool:
-    return file.is_file() and (not run.keeps_adapter or file.with_suffix(".safetensors").is_file())
+    return file.is_file() and (not run.keeps_adapter or adapter_file(file).is_file())
 
 
 @contextmanager
@@ -125,12 +148,7 @@ def _serve(pipe: Connection, number: int, threads: int) -> None:
             job = pipe.recv()
         except (EOFError, KeyboardInterrupt):
             return
-        try:
-            worker.work(job)
-            failure = ""
-        except Exception:  # noqa: BLE001  whatever it is, the parent shall see it
-            failure = f"{job.run.cell.name}, lr {job.run.lr}, seed {job.run.seed}:\n{traceback.format_exc()}"
-        pipe.send(failure)
+        pipe.send(worker.attempt(job))
 
 
 class Worker:
@@ -139,8 +157,24 @@ class Worker:
     def __init__(self) -> None:
         self._topology: Any = None
 
+    def attempt(self, job: _Job) -> str:
+        """Work; what failed, and nothing if nothing did."""
+        try:
+            self.work(job)
+        except Exception:  # noqa: BLE001  whatever it is, the script shall name the run
+            return f"{job.run.cell.name}, lr {job.run.lr}, seed {job.run.seed}:\n{traceback.format_exc()}"
+        return ""
+
+    def close(self) -> None:
+        """Leave the layout, so that another worker can have one in this process."""
+        if self._topology is not None:
+            from malora_dist.parallel import topology as layout
+
+            self._topology = None
+            layout.destroy()
+
     def work(self, job: _Job) -> None:
-        """Train, score and write the result, under its final name only when it is whole."""
+        """Train, score and write the result; each file has its final name only when it is whole."""
         from malora_dist.parallel import topology as layout
         from malora_dist.parallel.device import without_expected_warnings
 
@@ -154,10 +188,8 @@ class Worker:
             trainer = Trainer(config, self._topology)
             result = train_and_score(trainer, job.run)
         if job.run.keeps_adapter:
-            _write_adapter(trainer, job.file.with_suffix(".safetensors"))
-        draft = job.file.with_suffix(f".{os.getpid()}.draft")
-        draft.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        draft.replace(job.file)
+            _when_whole(adapter_file(job.file), lambda draft: _write_adapter(trainer, draft))
+        _when_whole(job.file, lambda draft: draft.write_text(json.dumps(result) + "\n", encoding="utf-8"))
 
 
 def train_and_score(trainer: Any, run: Run) -> Result:
@@ -201,6 +233,13 @@ def train_and_score(trainer: Any, run: Run) -> Result:
         "validation": validation,
         "tests": tests,
     }
+
+
+def _when_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Write under another name first: a killed sweep leaves no half files that look like results."""
+    draft = file.with_suffix(f".{os.getpid()}.draft")
+    write(draft)
+    draft.replace(file)
 
 
 def _write_adapter(trainer: Any, file: Path) -> None:
