@@ -6,7 +6,7 @@ python tools/paper/ablations.py --jobs 2
 from experiment import Cell
 from scales import Scale, adapter_keys, paper_cells
 from study import Study, build_parser
-from variants import train_variants, variant_report
+from variants import draw_averages, train_variants, variant_report
 
 from malora_dist.errors import exit_on_user_error
 
@@ -34,7 +34,9 @@ def main() -> None:
         domain = study.domain("inter_domain")
         cells = ablation_cells(study.scale, paper_cells(study.scale, domain)["MALoRA"])
         tuned, results = train_variants(study, domain, cells)
-    variant_report("ablations", study, domain, cells, tuned, results, "MALoRA").write()
+    report = variant_report("ablations", study, domain, cells, tuned, results, "MALoRA")
+    draw_averages(report.figure()[1], results)
+    report.write()
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
-import numpy as np
 from comparison import (
     compare,
     difference_table,
@@ -23,7 +23,7 @@ from report import COLOURS, Report
 from scales import paper_cells, parameters_of
 from study import Study, Tuned, build_parser, settings
 from sweep import Result
-from variants import has_right
+from variants import draw_averages, has_right
 
 from malora_dist.data.records import read_records
 
@@ -126,20 +126,15 @@ def _label_tokens(task: Task, tokenizer: Any) -> tuple[str, str, str]:
 
 def _picture(report: Report, results: dict[str, list[Result]], single: list[Result], values: Any) -> None:
     """Left: averages. Right: every test's change against a LoRA of the task alone."""
-    sign, scale, what = (1, 100, "right answers, %") if values is right else (1, 1, "answer loss")
+    scale, what = (100, "right answers, %") if values is right else (1, "answer loss")
     _, (left, seesaws) = report.figure(columns=2)
+    draw_averages(left, results)
     alone = values(single)
-    names = list(results)
-    for i, name in enumerate(names):
-        table = values(results[name])
-        by_seed = scale * np.mean([t.mean(axis=1) for t in table.values()], axis=0)
-        left.scatter(np.full(len(by_seed), i), by_seed, s=14, color=COLOURS[i % len(COLOURS)], alpha=0.6)
-        left.hlines(by_seed.mean(), i - 0.3, i + 0.3, color=COLOURS[i % len(COLOURS)])
-        changes = [sign * scale * (table[test].mean() - alone[test].mean()) for test in table]
-        seesaws.scatter(np.full(len(changes), i), changes, s=14, color=COLOURS[i % len(COLOURS)])
-    left.set_title(f"{what}: average over tests, a point per seed", fontsize=9)
+    for i, (of_cell, colour) in enumerate(zip(results.values(), cycle(COLOURS), strict=False)):
+        table = values(of_cell)
+        changes = [scale * (table[test].mean() - alone[test].mean()) for test in table]
+        seesaws.scatter([i] * len(changes), changes, s=14, color=colour)
     seesaws.set_title(f"{what}: change against one LoRA per task, a point per test", fontsize=9)
     seesaws.axhline(0, color="black", linewidth=0.8)
-    for axis in (left, seesaws):
-        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
-        axis.grid(axis="y", alpha=0.3)
+    seesaws.set_xticks(range(len(results)), list(results), rotation=40, ha="right", fontsize=8)
+    seesaws.grid(axis="y", alpha=0.3)

@@ -9,7 +9,7 @@ their method.
 
 from scales import paper_cells
 from study import Study, build_parser
-from variants import train_variants, variant_report
+from variants import draw_averages, train_variants, variant_report
 
 from malora_dist.errors import exit_on_user_error
 
@@ -33,7 +33,9 @@ def main() -> None:
         ]
         as_malora = {name: malora for name in ("balance factor 0.001", "balance factor 0")}
         tuned, results = train_variants(study, domain, cells, as_malora)
-    variant_report("open_questions", study, domain, cells, tuned, results, "MALoRA").write()
+    report = variant_report("open_questions", study, domain, cells, tuned, results, "MALoRA")
+    draw_averages(report.figure()[1], results)
+    report.write()
 
 
 if __name__ == "__main__":

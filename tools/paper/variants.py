@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from statistics import fmean
+from typing import Any
 
 from comparison import (
     compare,
@@ -14,7 +17,7 @@ from comparison import (
     tuning_table,
 )
 from experiment import Cell, Domain
-from report import Report
+from report import COLOURS, Report
 from scales import parameters_of
 from study import Study, Tuned, settings
 from sweep import Result
@@ -67,6 +70,17 @@ def variant_report(
         runs=runs_for_json(results),
     )
     return report
+
+
+def draw_averages(axis: Any, results: Mapping[str, Sequence[Result]]) -> None:
+    """A point per seed and a line at their mean, cells side by side."""
+    for i, (scores, colour) in enumerate(zip(averages(results).values(), cycle(COLOURS), strict=False)):
+        axis.scatter([i] * len(scores), scores, s=14, color=colour, alpha=0.6)
+        axis.hlines(fmean(scores), i - 0.3, i + 0.3, color=colour)
+    what = "right answers, %" if has_right(results) else "answer loss"
+    axis.set_title(f"{what}: average over tests, a point per seed", fontsize=9)
+    axis.set_xticks(range(len(results)), list(results), rotation=40, ha="right", fontsize=8)
+    axis.grid(axis="y", alpha=0.3)
 
 
 def averages(results: Mapping[str, Sequence[Result]]) -> dict[str, list[float]]:
