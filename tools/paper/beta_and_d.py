@@ -6,9 +6,11 @@ beta is a scale of the start: it makes P learn faster and S slower, so every pai
 beta 1, and keeps that learning rate.
 """
 
+from statistics import fmean
+
 from comparison import averages
 from experiment import Cell
-from report import Report
+from report import COLOURS, Report
 from scales import Scale, adapter_keys
 from study import Study, build_parser
 from variants import train_variants, variant_report
@@ -41,6 +43,17 @@ def grid_table(report: Report, by_width: dict[str, list[Cell]], scores: dict[str
     report.table("Average over tests", ["", *(f"beta {beta:g}" for beta in BETAS)], rows)
 
 
+def picture(report: Report, by_width: dict[str, list[Cell]], scores: dict[str, list[float]]) -> None:
+    """Score over beta, a line per pair of widths."""
+    _, axis = report.figure()
+    for colour, (widths, cells) in zip(COLOURS, by_width.items(), strict=False):
+        axis.plot(BETAS, [fmean(scores[cell.name]) for cell in cells], "o-", color=colour, label=widths)
+    axis.set_xlabel("beta")
+    axis.set_ylabel("average over tests")
+    axis.grid(alpha=0.3)
+    axis.legend()
+
+
 @exit_on_user_error
 def main() -> None:
     """Train, compare, write."""
@@ -54,6 +67,7 @@ def main() -> None:
         papers = list(by_width.values())[1][BETAS.index(1.25)]
     report = variant_report("beta_and_d", study, domain, cells, tuned, results, papers.name)
     grid_table(report, by_width, averages(results))
+    picture(report, by_width, averages(results))
     report.write()
 
 
