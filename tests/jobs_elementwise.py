@@ -35,12 +35,18 @@ def against_megatron(dtype: torch.dtype) -> Results:
     with without_expected_warnings():
         from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
-        from malora_dist.layers.elementwise import _SwiGLU, rotate
+        from malora_dist.layers.elementwise import _RMSNorm, _SwiGLU, rotate
     generator = torch.Generator().manual_seed(0)
     x_G = torch.randn(5, 2, 24, generator=generator, dtype=dtype)
     x_SBHD = torch.randn(5, 2, 3, 24, generator=generator, dtype=dtype)[..., :8]  # a view, as after the split of qkv
     angles = torch.randn(5, 1, 1, 4, generator=generator).repeat(1, 1, 1, 2)
+    weight_H = torch.rand(24, generator=generator, dtype=dtype)
     pairs: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor]] = {
+        "rms_norm": (
+            lambda x: _RMSNorm.apply(x, weight_H, 1e-5),
+            lambda x: F.rms_norm(x, (24,), weight_H, 1e-5),
+            x_G,
+        ),
         "swiglu": (_SwiGLU.apply, lambda x: F.silu(x[..., :12]) * x[..., 12:], x_G),
         "rotate": (lambda x: rotate(angles, x)[0], lambda x: _apply_rotary_pos_emb_bshd(x, angles), x_SBHD),
     }

@@ -34,7 +34,7 @@ def logits(overrides: list[str], microbatches: list[Microbatch], randomise: bool
 def document_masks(documents: list[Tensor | None]) -> list[Tensor | None]:
     """Attention masks of documents [B, S]; here, because the tests' own process does without megatron-core."""
     with without_expected_warnings():
-        from malora_dist.layers.attention import document_mask
+        from malora_dist.layers.token_info import document_mask
     return [document_mask(documents_BS) for documents_BS in documents]
 
 

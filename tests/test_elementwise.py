@@ -20,7 +20,8 @@ def test_same_as_the_unfused_operations(workers: WorkerPool, dtype: torch.dtype)
             torch.testing.assert_close(own, expected, rtol=0.0, atol=tolerance)
 
 
-def test_only_the_input_and_the_angles_are_kept(workers: WorkerPool) -> None:
+def test_only_the_input_and_what_is_small_are_kept(workers: WorkerPool) -> None:
     (results,) = workers.run("jobs_elementwise:against_megatron", 1, dtype=torch.float64)
+    assert results["rms_norm"][2] == 5 * 2 * 24 + 24 + 5 * 2  # besides x the weight and a number per token
     assert results["swiglu"][2] == 5 * 2 * 24
     assert results["rotate"][2] == 2 * 5 * 8

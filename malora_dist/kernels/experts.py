@@ -46,12 +46,22 @@ class ExpertWeights(NamedTuple):
         ups: of each projection that the columns belong to, [E, O, R], or [O, R] without a router.
         blocks: see :func:`~malora_dist.kernels.columns.stack_rows`; of one projection it does not matter.
         scaling: s.
+        kept: where the gated block keeps what it makes of narrower copies of them. Whoever gives it empties it
+            when the parameters change; None: they are made anew, forward and backward.
     """
 
     down: Tensor | None
     ups: Sequence[Tensor]
     blocks: int
     scaling: float
+    kept: dict[torch.dtype, _Matrices] | None = None
+
+
+class _Matrices(NamedTuple):
+    """P_cat [inner, D], or None, and B_cat^T [inner, O] in z's dtype: the experts one below the other."""
+
+    down: Tensor | None
+    up: Tensor
 
 
 def choose_expert_compute(num_experts: int, slots: int, rank: int, device_type: str) -> str:
@@ -97,7 +107,7 @@ def add_experts(expert_compute: str, y: Tensor, columns: Columns, tokens: Tokens
         if torch.compiler.is_compiling() and tokens.z_TD.dtype != torch.bfloat16:
             expert_compute = "gated_block"  # torch.compile knows grouped_mm in bfloat16 only
     form = {"grouped": _Grouped, "gated_block": _GatedBlock}[expert_compute]
-    how = _How(weights.scaling, columns, weights.blocks)
+    how = _How(weights.scaling, columns, weights.blocks, weights.kept)
     return form.apply(y, *tokens, how, weights.down, *weights.ups)
 
 
@@ -107,6 +117,7 @@ class _How(NamedTuple):
     scaling: float
     columns: Columns
     blocks: int
+    kept: dict[torch.dtype, _Matrices] | None
 
 
 def _add_product(y: Tensor, columns: Columns, inner: Tensor, up: Tensor) -> None:
@@ -155,10 +166,10 @@ class _GatedBlock(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(z_TD, gates_TK, experts_TK, down, *ups)
         ctx.how = how
-        up_EOR = stack_rows(ups, how.blocks)
-        gates_TE1 = _scaled_gates(gates_TK, experts_TK, up_EOR.shape[0], how.scaling, z_TD.dtype)
-        gated_TER = _inner(z_TD, down) * gates_TE1
-        _add_product(y, how.columns, gated_TER.flatten(1), _stacked_up(up_EOR, z_TD.dtype))
+        num_experts, _, rank = ups[0].shape
+        matrices = _matrices(down, ups, how, z_TD.dtype)
+        gates = _inner_gates((gates_TK * how.scaling).to(z_TD.dtype), experts_TK, num_experts, rank)
+        _add_product(y, how.columns, _inner(z_TD, matrices, num_experts).mul_(gates), matrices.up)
         ctx.mark_dirty(y)
         return y
 
@@ -166,49 +177,56 @@ class _GatedBlock(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z_TD, gates_TK, experts_TK, down, *ups = ctx.saved_tensors
         _, wants_z, wants_gates, _, _, wants_down, *wants_ups = ctx.needs_input_grad
-        up_EOR = stack_rows(ups, ctx.how.blocks)
-        num_experts, _, rank = up_EOR.shape
-        dy_TO = ctx.how.columns.of(dy.contiguous()).flatten(1)
-        gates_TE1 = _scaled_gates(gates_TK, experts_TK, num_experts, ctx.how.scaling, z_TD.dtype)
-        inner_TER = _inner(z_TD, down)
+        how: _How = ctx.how
+        num_experts, _, rank = ups[0].shape
+        matrices = _matrices(down, ups, how, z_TD.dtype)
+        dy_TO = how.columns.of(dy.contiguous()).flatten(1)
+        gates = _inner_gates((gates_TK * how.scaling).to(z_TD.dtype), experts_TK, num_experts, rank)
+        inner = _inner(z_TD, matrices, num_experts)
         d_ups: Sequence[Tensor | None] = [None] * len(ups)
         if any(wants_ups):
-            gated = (inner_TER * gates_TE1).flatten(1)
-            d_up = (gated.t() @ dy_TO).view(num_experts, rank, -1).transpose(1, 2).to(up_EOR.dtype)
-            d_ups = unstack_rows(d_up, ups, ctx.how.blocks)
-        d_gated_TER = (dy_TO @ _stacked_up(up_EOR, z_TD.dtype).t()).view(-1, num_experts, rank)
+            d_up = ((inner * gates).t() @ dy_TO).view(num_experts, rank, -1).transpose(1, 2).to(ups[0].dtype)
+            d_ups = unstack_rows(d_up, ups, how.blocks)
+        d_inner = dy_TO @ matrices.up.t()  # of the gated ones, so far
         d_gates = None
         if wants_gates:
-            d_gates_TE = (d_gated_TER * inner_TER).sum(dim=-1, dtype=gates_TK.dtype)
-            d_gates = d_gates_TE.gather(1, experts_TK) * ctx.how.scaling
-        d_inner_TER = d_gated_TER * gates_TE1
+            d_gates_TE = (d_inner * inner).view(-1, num_experts, rank).sum(dim=-1, dtype=gates_TK.dtype)
+            d_gates = d_gates_TE.gather(1, experts_TK) * how.scaling
+        d_inner *= gates
         dz = d_down = None
-        if down is None:
-            dz = d_inner_TER.sum(dim=1) if wants_z else None
+        if down is None or matrices.down is None:
+            dz = d_inner.view(-1, num_experts, rank).sum(dim=1) if wants_z else None
         else:
-            d_inner = d_inner_TER.flatten(1)
-            if wants_down:
-                d_down = (d_inner.t() @ z_TD).view_as(down).to(down.dtype)
-            if wants_z:
-                dz = d_inner @ down.to(z_TD.dtype).flatten(0, 1)
+            d_down = (d_inner.t() @ z_TD).view_as(down).to(down.dtype) if wants_down else None
+            dz = d_inner @ matrices.down if wants_z else None
         return dy, dz, d_gates, None, None, d_down, *d_ups
 
 
-def _scaled_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s g as [T, E, 1] in z's dtype, zero for experts not chosen."""
-    return dense_gates(gates_TK * scaling, experts_TK, num_experts).to(dtype).unsqueeze(-1)
+def _matrices(down: Tensor | None, ups: Sequence[Tensor], how: _How, dtype: torch.dtype) -> _Matrices:
+    """The parameters as the gated block multiplies them; kept where that is asked for and they are a narrow copy."""
+    if how.kept is not None and dtype in how.kept:
+        return how.kept[dtype]
+    up_EOR = stack_rows(ups, how.blocks)
+    turned = up_EOR.new_empty(up_EOR.shape[0], up_EOR.shape[2], up_EOR.shape[1], dtype=dtype)
+    turned.copy_(up_EOR.transpose(1, 2))  # cast in the same pass
+    matrices = _Matrices(None if down is None else down.to(dtype).flatten(0, 1), turned.flatten(0, 1))
+    if how.kept is not None and dtype.itemsize < up_EOR.dtype.itemsize:
+        how.kept[dtype] = matrices
+    return matrices
 
 
-def _inner(z_TD: Tensor, down: Tensor | None) -> Tensor:
-    """P_e z of all experts at hand; without a down-projection z itself, [T, 1, R] for all of them. [T, E, R]"""
-    if down is None:
-        return z_TD.unsqueeze(1)
-    return F.linear(z_TD, down.to(z_TD.dtype).flatten(0, 1)).view(-1, *down.shape[:2])
+def _inner_gates(gates_TK: Tensor, experts_TK: Tensor, num_experts: int, rank: int) -> Tensor:
+    """The gate of each inner value, zero for experts not chosen. [T, inner]
+
+    Written out: a CPU multiplies by one number per R values many times as slowly as value by value.
+    """
+    gates_TE1 = dense_gates(gates_TK, experts_TK, num_experts).unsqueeze(-1)
+    return gates_TE1.expand(-1, -1, rank).flatten(1)
 
 
-def _stacked_up(up_EOR: Tensor, dtype: torch.dtype) -> Tensor:
-    """B_cat^T, the experts one below the other. [inner, O]"""
-    return up_EOR.to(dtype).transpose(1, 2).flatten(0, 1)
+def _inner(z_TD: Tensor, matrices: _Matrices, num_experts: int) -> Tensor:
+    """P_e z of all experts at hand side by side; without a down-projection z itself for each. [T, inner]"""
+    return z_TD.repeat(1, num_experts) if matrices.down is None else F.linear(z_TD, matrices.down)
 
 
 class _Grouped(torch.autograd.Function):

@@ -19,20 +19,6 @@ from malora_dist.layers.token_info import TokenInfo
 from malora_dist.parallel.backends import TORCH_ATTENTION
 
 
-def document_mask(documents_BS: Tensor | None) -> Tensor | None:
-    """Who may attend to whom: bool [b, 1, s (query), s (key)], or None where the causal rule says it all.
-
-    A position sees the earlier ones of its own document. Padding counts as one more document,
-    and every position sees itself, so no row of the mask is empty (softmax would give NaN).
-
-    Args:
-        documents_BS: int64 [b, s], each position's document; None: no row has two of them.
-    """
-    if documents_BS is None:
-        return None
-    return (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril().unsqueeze(1)
-
-
 class SdpaAttention(MegatronModule):
     """Attention by torch's scaled_dot_product_attention, on every device.
 
@@ -67,9 +53,9 @@ class SdpaAttention(MegatronModule):
         s is the whole sequence, also under sequence parallelism.
         """
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        mask = None if packed_seq_params is None else document_mask(packed_seq_params.documents_BS)
-        if mask is not None:
-            # On CUDA the kernels that take a mask and save memory want as many keys as queries; with
+        mask = None if packed_seq_params is None else packed_seq_params.mask
+        if mask is not None and q.is_cuda:
+            # The kernels that take a mask and save memory want as many keys as queries; with
             # enable_gqa torch would hold all s * s scores of every head instead.
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         context = F.scaled_dot_product_attention(

@@ -1,4 +1,4 @@
-"""The decoder that all families are built as: norm, layer and model on megatron-core's.
+"""The decoder that all families are built as: layer and model on megatron-core's.
 
 Shape suffixes: see methods/base.py.
 """
@@ -11,20 +11,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from malora_dist.layers.routing_context import RoutingContext
 from malora_dist.layers.token_info import TokenInfo
 from malora_dist.parallel.topology import Topology
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm under the constructor megatron's specs call; works on sequence shards as it is."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
 class DecoderLayer(TransformerLayer):

@@ -1,4 +1,4 @@
-"""SwiGLU and rotary embedding without the copies that megatron-core's unfused functions make.
+"""RMSNorm, SwiGLU and rotary embedding without the copies that torch's and megatron-core's unfused functions make.
 
 megatron's fused versions are compiled at run time or need CUDA extensions; these are a few in-place
 torch operations each, the same on every device, and keep less for backward.
@@ -16,6 +16,40 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * weight in float32, rounded once; keeps x and a number per token. The weight is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(dtype)
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        inverse = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight_H, inverse)
+        return (wide * inverse).mul_(weight_H).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight_H, inverse = ctx.saved_tensors
+        wide, scaled = x.to(inverse.dtype), dy.to(inverse.dtype) * weight_H
+        along_x = torch.linalg.vecdot(scaled, wide).unsqueeze(-1)
+        along_x *= inverse.pow(3).div_(x.shape[-1])
+        return scaled.mul_(inverse).addcmul_(wide, along_x, value=-1).to(x.dtype), None, None
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm under the constructor megatron's specs call; works on sequence shards as it is."""
+
+    eps: float
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]. CUDA has a kernel of torch's own; elsewhere that is a dozen passes."""
+        return super().forward(x) if x.is_cuda else _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class _SwiGLU(torch.autograd.Function):

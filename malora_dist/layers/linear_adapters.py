@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,7 @@ class LinearAdapters(torch.nn.ModuleDict):
         self._exchange.add(layer_number, [p for adapter in self._list for p in adapter.expert_parameters])
         self._columns = columns_of(widths, blocks, self._crossing.size if style == "column" else 1)
         self._spans = [spans_of(adapter.projections, self._columns) for adapter in self._list]
+        self._kept_in_step, self._kept_of = -1, dict[torch.nn.Parameter, dict[torch.dtype, Any]]()
         self._norms: dict[str, tuple[int, Tensor]] = {}  # {projection: (step it was computed in, squared norms)}
 
     @property
@@ -154,7 +156,7 @@ class LinearAdapters(torch.nn.ModuleDict):
             z, logits = self._cross(z, logits)
             routing = self._routing(logits)
             routing = routing._replace(gates_TK=self._balanced(routing.gates_TK, routing))
-        return z, [Routing(*(t[:, i] for t in routing)) for i in range(len(self))]
+        return z, [Routing(*parts) for parts in zip(*(t.unbind(1) for t in routing), strict=True)]
 
     def _balanced(self, carrier: Tensor, routing: Routing) -> Tensor:
         """The carrier with the load-balancing losses of this routing attached."""
@@ -203,7 +205,14 @@ class LinearAdapters(torch.nn.ModuleDict):
         by_projection = [adapter.parameters_of(projection) for projection in span.projections]
         down = None if chain.down is None else self._weight(chain.down, by_projection[0][chain.down])
         ups = [self._weight(chain.up, parameters[chain.up]) for parameters in by_projection]
-        return ExpertWeights(down, ups, span.blocks, self._method.scaling)
+        return ExpertWeights(down, ups, span.blocks, self._method.scaling, self._kept(by_projection[0][chain.up]))
+
+    def _kept(self, first_up: torch.nn.Parameter) -> dict[torch.dtype, Any]:
+        """What the kernel keeps of a span's weights through a step: they change between steps only."""
+        step = self._settings.plan.steps
+        if self._kept_in_step != step:
+            self._kept_in_step, self._kept_of = step, {}
+        return self._kept_of.setdefault(first_up, {})
 
     def _add_chain(self, adapter: Adapter, span: Span, y: Tensor, columns: Columns, tokens: Tokens) -> Tensor:
         return add_experts(self._settings.expert_compute, y, columns, tokens, self._weights(adapter, span))

@@ -6,6 +6,7 @@ Shape suffixes: see methods/base.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
@@ -36,3 +37,22 @@ class TokenInfo(PackedSeqParams):
         # Of the inherited fields megatron reads two unless qkv_format is "thd": for how many positions to make
         # rotary angles.
         self.max_seqlen_q = self.max_seqlen_kv = self.tasks_BS.shape[1]
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """:func:`document_mask` of the documents, made once for all layers."""
+        return document_mask(self.documents_BS)
+
+
+def document_mask(documents_BS: Tensor | None) -> Tensor | None:
+    """Who may attend to whom: bool [b, 1, s (query), s (key)], or None where the causal rule says it all.
+
+    A position sees the earlier ones of its own document. Padding counts as one more document,
+    and every position sees itself, so no row of the mask is empty (softmax would give NaN).
+
+    Args:
+        documents_BS: int64 [b, s], each position's document; None: no row has two of them.
+    """
+    if documents_BS is None:
+        return None
+    return (documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)).tril().unsqueeze(1)

@@ -22,8 +22,8 @@ from malora_dist.families.base import DecoderConfig, Family, projection_widths
 from malora_dist.layers.adapted_linear import AdaptedColumnParallelLinear, AdaptedRowParallelLinear, is_adapter_key
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import SdpaAttention
-from malora_dist.layers.decoder import CausalModel, DecoderLayer, RMSNorm
-from malora_dist.layers.elementwise import RotaryAttention, SwiGLU
+from malora_dist.layers.decoder import CausalModel, DecoderLayer
+from malora_dist.layers.elementwise import RMSNorm, RotaryAttention, SwiGLU
 from malora_dist.methods.spec import MEGATRON_LINEARS
 from malora_dist.models.transformer_config import transformer_config
 from malora_dist.parallel.topology import Topology
