@@ -34,7 +34,8 @@ class Draws:
     """Resamplings of seeds and questions, the same for everything that is compared.
 
     Seeds stand for the start values and the order of the data, questions for the test set. Both are drawn with
-    replacement, questions within their test.
+    replacement, questions within their test. Of n seeds n - 1 are drawn: the spread of their mean is then that of the
+    unbiased estimate, which matters for so few.
 
     Args:
         questions: {test: how many}.
@@ -42,7 +43,8 @@ class Draws:
 
     def __init__(self, seeds: int, questions: Mapping[str, int], key: int = 0) -> None:
         rng = np.random.default_rng(key)
-        self._seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
+        drawn = max(1, seeds - 1)
+        self._seeds = rng.multinomial(drawn, np.full(seeds, 1 / seeds), RESAMPLES) / drawn
         self._questions = {
             test: (rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count).astype(np.float32)
             for test, count in questions.items()
