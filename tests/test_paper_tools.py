@@ -339,7 +339,7 @@ def test_what_was_learned_is_what_the_start_does_not_explain(paper: Any) -> None
 
 def test_a_sweep_goes_on_where_it_was(paper: Any, a_run: Any, tmp_path: Path) -> None:
     runs = [a_run(keeps=True), a_run(seed=2), a_run(name="the first again")]
-    workers = paper.sweep.Workers(jobs=1, threads=1)
+    workers = paper.sweep.Workers(jobs=2, threads=1)
     try:
         results = workers.run_all(runs, tmp_path, "sweep")
         assert [one["seed"] for one in results] == [1, 2, 1]
@@ -357,7 +357,7 @@ def test_a_sweep_goes_on_where_it_was(paper: Any, a_run: Any, tmp_path: Path) ->
         with pytest.raises(paper.sweep.RunError, match=r"(?s)^broken, lr 0\.001, seed 1:.*no_such"):
             workers.run_all(mixed, tmp_path, "sweep")
         made = [(tmp_path / f"{run.identity}.json").is_file() for run in mixed]
-        assert made == [True, False, False]
+        assert made[:2] == [True, False], "what the other worker was at is finished"
         assert workers.run_all(mixed[2:], tmp_path, "sweep")[0]["seed"] == 4, "the workers still work"
     finally:
         workers.close()
