@@ -55,9 +55,9 @@ def coverage(paper: Any, seed_effect: float, question_effect: float, seeds: int)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(paper: Any) -> None:
-    """A little less over few seeds: percentile intervals of eight normal values hold it in 0.89 of cases."""
+    """0.95 of questions. Of eight seeds a little less, and 0.89 if as many were drawn as there are."""
     assert 0.91 < coverage(paper, seed_effect=0.0, question_effect=1.0, seeds=8) < 0.98
-    assert 0.84 < coverage(paper, seed_effect=1.0, question_effect=0.0, seeds=8) < 0.95
+    assert 0.91 < coverage(paper, seed_effect=1.0, question_effect=0.0, seeds=8) < 0.98
 
 
 def test_pairing_takes_out_what_both_sides_share(paper: Any) -> None:

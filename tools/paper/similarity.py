@@ -3,8 +3,8 @@
     python tools/paper/similarity.py --jobs 2
 
 Compared are LoRAs of one task and different seeds, LoRAs of different tasks, and the experts of one MoLoRA or MALoRA
-that was trained on all tasks. The LoRAs are those of inter_domain.py: after it only the MoLoRA and the MALoRA are
-trained again, to keep their parameters. The measure is R^2_CCA (subspaces.py).
+that was trained on all tasks. The runs are those of inter_domain.py. After it, at the scale tiny, only MoLoRA and
+MALoRA are trained again, to keep their parameters; at the others the LoRAs too. The measure is R^2_CCA (subspaces.py).
 """
 
 from __future__ import annotations
