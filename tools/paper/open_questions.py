@@ -24,12 +24,13 @@ def main() -> None:
         malora, molora = methods["MALoRA"], methods["MoLoRA"]
         cells = [
             malora,
-            malora.but("gates renormalised", norm_topk_prob=True),
+            methods["MALoRA, renormalised"],
             malora.but("one router per fused linear", fuse_projections=True),
             malora.but("balance factor 0.001", aux_loss_coeff=0.001),
             malora.but("balance factor 0", aux_loss_coeff=0.0),
+            methods["LoRA"],
             molora,
-            molora.but("MoLoRA, gates renormalised", norm_topk_prob=True),
+            molora.but("MoLoRA, renormalised", norm_topk_prob=True),
         ]
         as_malora = {name: malora for name in ("balance factor 0.001", "balance factor 0")}
         tuned, results = train_variants(study, domain, cells, as_malora)
