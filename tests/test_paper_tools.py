@@ -28,7 +28,10 @@ from tests.workers import WorkerPool
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / "tools" / "paper"
 SCRIPTS = sorted(file for file in PAPER.glob("*.py") if "__main__" in file.read_text(encoding="utf-8"))
-MODULES = ("bootstrap", "comparison", "experiment", "real_tasks", "scales", "study", "subspaces", "sweep", "tiny_tasks")
+MODULES = (
+    "bootstrap", "comparison", "experiment", "latency", "parameters", "real_tasks", "scales", "study", "subspaces",
+    "sweep", "tiny_tasks",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +427,38 @@ def test_scores_are_those_of_transformers(
     assert by_choice["right"] == "".join(str(int(right == int(np.argmin(sums)))) for right in range(3))
     lengths = [len(option) + 1 for option in options]  # a token a character, and EOS
     assert by_choice["losses"] == pytest.approx([s / n for s, n in zip(sums, lengths, strict=True)], abs=1e-4)
+
+
+# ---- parameters.py, latency.py
+
+
+def test_the_paper_gives_shares_of_base_and_adapter(paper: Any) -> None:
+    """Every share of its table 1; two of six would be others of the base alone."""
+    base = paper.parameters.base_of("llama2-7b")
+    agrees = {
+        row.cell.name: paper.parameters.agreement(paper.scales.candidate_of(row.cell, base), row.percent)
+        for row in paper.parameters.TABLE_1
+        if row.percent is not None
+    }
+    assert {name for name, found in agrees.items() if not found.endswith("of base + adapter")} == set()
+    assert {name for name, found in agrees.items() if "of base," not in found} == {"AsyLoRA", "MALoRA"}
+
+
+def test_step_time_knows_every_option(paper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step_time = importlib.import_module("step_time")  # report.py has put its folder on the path
+    for scale in paper.latency.OPTIONS:
+        command = paper.latency.command_for(scale, ["--layers", "2"], Path("out.json"))
+        monkeypatch.setattr(sys, "argv", command[1:])
+        args = step_time.parse()
+        assert (args.layers, args.output, args.memory) == (2, Path("out.json"), False)
+        assert args.methods == [row.method for row in paper.latency.ROWS]
+
+
+def test_the_papers_steps_have_the_ratios_of_its_table(paper: Any) -> None:
+    steps = {row.name: row.paper_step / paper.latency.LORA.paper_step for row in paper.latency.ROWS}
+    assert {name: round(ratio, 3) for name, ratio in steps.items() if "," not in name} == {
+        "LoRA": 1.0, "DoRA": 1.224, "MoLoRA": 1.286, "MALoRA": 1.075,
+    }  # fmt: skip
 
 
 # ---- the scripts

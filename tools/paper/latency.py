@@ -60,12 +60,17 @@ OPTIONS = {
 }
 
 
+def command_for(scale: str, more: list[str], output: Path) -> list[str]:
+    """Of step_time.py."""
+    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / "step_time.py"), "--setting", "paper", "--no-memory"]
+    methods = [row.method for row in ROWS]
+    return [*command, *OPTIONS[scale].split(), *more, "--methods", *methods, "--output", str(output)]
+
+
 def measure(scale: str, more: list[str], output: Path) -> dict[str, Any]:
     """What step_time.py writes."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "tools" / "benchmarks" / "step_time.py"), "--setting", "paper", "--no-memory"]
-    options = [*OPTIONS[scale].split(), *more, "--methods", *(row.method for row in ROWS), "--output", str(output)]
-    subprocess.run([*command, *options], check=True)
+    subprocess.run(command_for(scale, more, output), check=True)
     found: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return found
 
