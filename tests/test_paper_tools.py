@@ -350,6 +350,10 @@ def test_a_sweep_goes_on_where_it_was(paper: Any, a_run: Any, tmp_path: Path) ->
         assert results[0]["tests"].keys() == {"reverse", "add"}
         kept, other = (tmp_path / f"{run.identity}.json" for run in runs[:2])
         assert {file.name for file in tmp_path.iterdir()} == {kept.name, other.name, f"{kept.stem}.safetensors"}
+        factors = paper.subspaces.read_factors(paper.sweep.adapter_file(kept), runs[0])
+        assert len(factors) == 2 * 7, "layers times projections"
+        moved = {site: share for site, found in factors.items() if (share := found.learned_share) > 0.01}
+        assert moved == {}, "two small steps cannot leave the start, which is drawn again"
         before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
         other.unlink()
         assert [one["tests"] for one in workers.run_all(runs, tmp_path, "sweep")] == [one["tests"] for one in results]
