@@ -323,6 +323,24 @@ def test_adjacent_projections_together(form: str) -> None:
     assert len(kept) == len(leaves) + 2  # gates and expert numbers
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gated_block_keeps_narrow_copies_where_it_may(dtype: torch.dtype) -> None:
+    """Values and gradients are the same; in the parameters' own dtype nothing is kept."""
+    spec = malora()
+    given = inputs(spec, 16, torch.float32)
+    routing = route(given["logits"].detach(), 2, True)
+    tokens = Tokens(given["z"].detach().to(dtype), routing.gates_TK, routing.experts_TK)
+    kept: dict = {}
+    results = []
+    for where in (None, kept, kept):
+        weights = ExpertWeights(given["P"], [given["B"]], 1, spec.scaling, where)
+        y = add_experts("gated_block", torch.zeros(T, 16, dtype=dtype), Columns(1, 0, 16), tokens, weights)
+        results.append([y.detach(), *torch.autograd.grad(y.float().cos().sum(), [given["P"], given["B"]])])
+    assert list(kept) == ([dtype] if dtype == torch.bfloat16 else [])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_an_unknown_form_is_no_form() -> None:
     spec = malora(lora_rank=2, shared_dim=3)
     with pytest.raises(KeyError, match="gated"):
