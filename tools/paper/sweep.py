@@ -205,7 +205,7 @@ def train_and_score(trainer: Any, run: Run) -> Result:
     from malora_dist.checkpoint.base import hf_dir
 
     began = time.perf_counter()
-    steps = run.domain.keys["train_iters"]
+    steps = run.config.train_iters
     losses = [trainer.train_step().losses.overall for _ in range(steps)]
     seconds = time.perf_counter() - began
     tokenizer = AutoTokenizer.from_pretrained(str(hf_dir(run.domain.base)))
