@@ -84,7 +84,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
 
 
 def write_results(script: str, figures: Mapping[str, Any], *packages: str, output: Path | None = None) -> None:
-    """Write ``results/<script>.json``: date, command, machine, then ``figures``.
+    """Write ``results/<script>.json``: date, command (of absolute paths the last part), machine, then ``figures``.
 
     Args:
         script: the benchmark's ``__file__``.
@@ -93,7 +93,8 @@ def write_results(script: str, figures: Mapping[str, Any], *packages: str, outpu
     """
     file = output or RESULTS / f"{Path(script).stem}.json"
     file.parent.mkdir(exist_ok=True)
-    command = f"python tools/benchmarks/{Path(script).name} {shlex.join(sys.argv[1:])}".strip()
+    options = [Path(option).name if Path(option).is_absolute() else option for option in sys.argv[1:]]
+    command = f"python tools/benchmarks/{Path(script).name} {shlex.join(options)}".strip()
     content = {"date": datetime.date.today().isoformat(), "command": command, **machine(*packages), **figures}
     file.write_text(json.dumps(content, indent=2) + "\n")
 
