@@ -1,4 +1,4 @@
-"""Adapter checkpoints: adapter, optimizer, scheduler and data position as one megatron dist checkpoint.
+"""Adapter checkpoints: adapter, optimizer and data position as one megatron dist checkpoint.
 
     SAVE/
         latest_checkpointed_iteration.txt   written last: a checkpoint without it is not there
@@ -24,7 +24,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
@@ -64,7 +63,6 @@ class Trained:
 
     model: Sequence[CausalModel]
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
     iteration: int = 0
     consumed_samples: int = 0
 
@@ -170,7 +168,6 @@ def _sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> di
     return {
         "model": adapters,
         "optimizer": trained.optimizer.sharded_state_dict(adapters, is_loading=is_loading, metadata=metadata),
-        "scheduler": trained.scheduler.state_dict(),
         "progress": {"iteration": trained.iteration, "consumed_samples": trained.consumed_samples},
     }
 
@@ -216,7 +213,6 @@ def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) ->
         chunk.load_state_dict(loaded["model"][f"chunk {number}"], strict=False)
     if has_optimizer:
         trained.optimizer.load_state_dict(loaded["optimizer"])
-        trained.scheduler.load_state_dict(loaded["scheduler"])
         trained.iteration = loaded["progress"]["iteration"]
         trained.consumed_samples = loaded["progress"]["consumed_samples"]
 

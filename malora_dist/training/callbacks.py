@@ -21,7 +21,7 @@ class Step(NamedTuple):
         iteration: its number, from 1.
         losses: mean answer losses of its global batch.
         grad_norm: before clipping.
-        learning_rate: of the next step.
+        learning_rate: that it was made with.
         tokens: in the global batch, padding left out.
         seconds: that it took.
     """

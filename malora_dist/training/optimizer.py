@@ -45,14 +45,18 @@ def make_optimizer(config: Config, model: Sequence[torch.nn.Module], adam: Choic
 
 
 def make_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Linear warm-up, then constant, linear or cosine decay to min_lr at train_iters; counted in steps."""
+    """Step i of the warm-up has i / lr_warmup_iters of lr; then constant, linear or cosine decay, counted in steps.
+
+    The step after the last would have min_lr, so that none is wasted on a learning rate of 0. What the coming step has
+    is set by :func:`set_hyperparameters` and ``scheduler.step(1)``.
+    """
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=config.train_iters,
+        lr_warmup_steps=max(config.lr_warmup_iters, 1),  # without warm-up the first step has lr, as with one step of it
+        lr_decay_steps=config.train_iters + 1,
         lr_decay_style=config.lr_decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
@@ -61,3 +65,17 @@ def make_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimiz
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def set_hyperparameters(
+    config: TrainConfig, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, iteration: int
+) -> None:
+    """Give the optimizer what the config says for the step that follows ``iteration``.
+
+    The state of an optimizer that was read from a checkpoint brings those of the run that wrote it.
+    """
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = config.lr, config.min_lr  # where megatron's schedule looks first
+        group["betas"], group["eps"] = (config.adam_beta1, config.adam_beta2), config.adam_eps
+    scheduler.num_steps = 0
+    scheduler.step(increment=iteration + 1)

@@ -44,7 +44,7 @@ from malora_dist.training.batches import BatchSource
 from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step
 from malora_dist.training.evaluation import TaskLosses, mean_losses
 from malora_dist.training.loss import forward_step
-from malora_dist.training.optimizer import make_optimizer, make_scheduler
+from malora_dist.training.optimizer import make_optimizer, make_scheduler, set_hyperparameters
 
 
 class Trainer:
@@ -84,9 +84,11 @@ class Trainer:
         no_sync = [chunk.no_sync for chunk in self.ddp]
         self.model_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
         optimizer = make_optimizer(config, self.ddp, adam_choice(config, topology.device))
-        self.trained = Trained(model, optimizer, make_scheduler(config, optimizer))
+        self.trained = Trained(model, optimizer)
         if config.load:
             load_adapter_checkpoint(Path(config.load), self.trained, topology)
+        self.scheduler = make_scheduler(config, optimizer)
+        set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
         self.callbacks: list[Callback] = [Log(config, self.logger, self.recorded)]
@@ -135,7 +137,8 @@ class Trainer:
             _, grad_norm, _ = trained.optimizer.step()
         if grad_norm is None:  # clip_grad=0: megatron does not compute it
             grad_norm = trained.optimizer.get_grad_norm()
-        trained.scheduler.step(increment=1)
+        learning_rate = trained.optimizer.param_groups[0]["lr"]
+        self.scheduler.step(increment=1)
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
@@ -143,7 +146,7 @@ class Trainer:
             iteration=trained.iteration,
             losses=mean_losses(sums, self.batches.task_names, self.topology),  # waits for the device
             grad_norm=float(grad_norm),
-            learning_rate=trained.optimizer.param_groups[0]["lr"],
+            learning_rate=learning_rate,
             tokens=counts.tokens,
             seconds=time.perf_counter() - began,
         )
