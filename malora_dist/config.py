@@ -164,6 +164,12 @@ class TrainConfig:
         choices=("auto", "torch", "transformer_engine", "apex"),
     )
     clip_grad: float = key(1.0, "clip the global gradient norm to this; 0: off", minimum=0, cure=_OFF_AT_0)
+    max_skipped_steps: int = key(
+        3,
+        "end the run when so many steps in a row had a gradient that is not finite; each is skipped; 0: go on",
+        minimum=0,
+        cure="set 0 to go on whatever happens",
+    )
     seed: int = key(1234, "seeds start values, data order and dropout", minimum=0, cure="1234 is as good as any")
     eval_interval: int = key(
         100, "steps between evaluations; 0: only at the end", minimum=0, cure="set 0 for the end only"

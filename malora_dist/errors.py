@@ -42,6 +42,10 @@ class CheckpointError(MaloraError):
     """A checkpoint or model directory is missing, incomplete, or belongs to something else."""
 
 
+class TrainingError(MaloraError):
+    """Training cannot go on, for what its numbers have become."""
+
+
 class BackendUnavailableError(MaloraError):
     """A backend asked for cannot run on this machine; the message names one that can."""
 

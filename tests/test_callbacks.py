@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from malora_dist.config import Config
+from malora_dist.errors import TrainingError
 from malora_dist.metrics.loggers.base import Metrics
-from malora_dist.training.callbacks import Evaluate, Log, Periodic, Save, Step
+from malora_dist.training.callbacks import Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
 from malora_dist.training.evaluation import TaskLosses
 
 
@@ -47,6 +49,23 @@ def test_a_run_ends_at_exit_interval() -> None:
     assert Config(train_iters=9, exit_interval=40).last_iteration == 9
 
 
+def test_a_run_of_steps_without_finite_gradients_ends_it() -> None:
+    """They are told with their samples; one good step in between starts the count anew."""
+    logger = Noting()
+    guard = StopIfNotFinite(Config(max_skipped_steps=2), logger, lambda: ["a.jsonl:7", "b.jsonl:9"])
+    bad = [step(i)._replace(grad_norm=norm) for i, norm in ((1, math.nan), (3, math.inf), (4, -math.inf))]
+    guard.after_step(bad[0])
+    guard.after_step(step(2))
+    guard.after_step(bad[1])
+    assert len(logger.messages) == 2
+    assert all("a.jsonl:7, b.jsonl:9" in message for message in logger.messages)
+    with pytest.raises(TrainingError, match=r"iterations 3 to 4 .*max_skipped_steps=2.*lower lr=.*b\.jsonl:9"):
+        guard.after_step(bad[2])
+    never = StopIfNotFinite(Config(max_skipped_steps=0), logger, list)
+    for _ in range(9):
+        never.after_step(bad[0])
+
+
 def test_log() -> None:
     """Times are means since the last report, losses and norm the step's own; a step to report is recorded."""
     logger = Noting()
@@ -59,7 +78,7 @@ def test_log() -> None:
     assert metrics == Metrics(
         {
             "malora/balance": 1.0, "lm loss": 2.0, "lm loss/add": 2.0, "learning-rate": 1e-3, "grad-norm": 2.0,
-            "throughput": 200.0, "iteration-time": 1.0,
+            "throughput": 200.0, "iteration-time": 1.0, "skipped-iterations": 0.0,
         },
         {"c": [1.0]},
     )  # fmt: skip

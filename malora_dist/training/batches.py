@@ -81,6 +81,11 @@ class BatchSource:
         )
         return [self._on_device(microbatch) for microbatch in microbatches]
 
+    def sources(self, consumed_samples: int) -> list[str]:
+        """Where the samples of the optimizer step that starts after ``consumed_samples`` stand, for messages."""
+        samples = self._schedule.samples(consumed_samples, self._config.global_batch_size)
+        return [self._tasks[task].train[i].source for task, i in samples]
+
     def validation(self) -> Iterator[list[Microbatch]]:
         """Per task with a validation split, this rank's microbatches of it."""
         for index, task in enumerate(self._tasks):

@@ -5,11 +5,13 @@ The trainer calls every callback on every rank and in the same order, so a callb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from malora_dist.config import Config
+from malora_dist.errors import TrainingError
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.training.evaluation import TaskLosses
 
@@ -20,7 +22,7 @@ class Step(NamedTuple):
     Attributes:
         iteration: its number, from 1.
         losses: mean answer losses of its global batch.
-        grad_norm: before clipping.
+        grad_norm: before clipping; not finite: the step was skipped.
         learning_rate: that it was made with.
         tokens: in the global batch, padding left out.
         seconds: that it took.
@@ -32,6 +34,11 @@ class Step(NamedTuple):
     learning_rate: float
     tokens: int
     seconds: float
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether nothing was updated."""
+        return not math.isfinite(self.grad_norm)
 
 
 class Callback:
@@ -54,6 +61,41 @@ class Periodic(Callback):
     def is_due(self, iteration: int) -> bool:
         """Whether something is to be done after this step."""
         return iteration == self._last or (self._interval > 0 and iteration % self._interval == 0)
+
+
+class StopIfNotFinite(Callback):
+    """Ends a run whose gradients are not finite ``max_skipped_steps`` times in a row, before anything is saved.
+
+    Args:
+        sources: where the samples of the last step's global batch stand.
+    """
+
+    def __init__(self, config: Config, logger: Logger, sources: Callable[[], list[str]]) -> None:
+        self._config, self._logger, self._sources = config, logger, sources
+        self._in_a_row = 0
+
+    def after_step(self, step: Step) -> None:
+        if not step.is_skipped:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        samples = _listed(self._sources())
+        what = f"loss {step.losses.overall:g}, gradient norm {step.grad_norm:g}"
+        self._logger.message(f"iteration {step.iteration} is skipped: {what}; its samples: {samples}")
+        limit = self._config.max_skipped_steps
+        if self._in_a_row >= limit > 0:
+            first = step.iteration - limit + 1
+            raise TrainingError(
+                f"iterations {first} to {step.iteration} had no finite gradient ({what}), as many in a row as "
+                f"max_skipped_steps={limit} allows; nothing of them is saved: go on from the last checkpoint with a "
+                f"lower lr={self._config.lr:g}, or mend the last samples: {samples}"
+            )
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    """The first few, in one line."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 class Log(Periodic):
@@ -83,6 +125,7 @@ class Log(Periodic):
             "grad-norm": step.grad_norm,
             "throughput": sum(s.tokens for s in self._steps) / seconds,
             "iteration-time": seconds / len(self._steps),
+            "skipped-iterations": float(sum(s.is_skipped for s in self._steps)),
         }
         metrics.scalars |= {f"lm loss/{task}": loss for task, loss in step.losses.by_task.items()}
         self._logger.log(metrics, step.iteration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -65,6 +66,21 @@ def make_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimiz
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+@torch.no_grad()
+def step_if_finite(optimizer: MegatronOptimizer) -> float:
+    """Update the parameters, unless a gradient is not finite on any rank; then nothing changes, moments included.
+
+    Returns:
+        the gradients' norm over all ranks, before clipping.
+    """
+    optimizer.prepare_grads()
+    # megatron clips by the norm and steps in one call, with no look at it; for one before, the norm is computed twice.
+    norm = float(optimizer.get_grad_norm())
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm
 
 
 def set_hyperparameters(

@@ -41,10 +41,15 @@ from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
-from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step
+from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step, StopIfNotFinite
 from malora_dist.training.evaluation import TaskLosses, mean_losses
 from malora_dist.training.loss import forward_step
-from malora_dist.training.optimizer import make_optimizer, make_scheduler, set_hyperparameters
+from malora_dist.training.optimizer import (
+    make_optimizer,
+    make_scheduler,
+    set_hyperparameters,
+    step_if_finite,
+)
 
 
 class Trainer:
@@ -91,7 +96,10 @@ class Trainer:
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
-        self.callbacks: list[Callback] = [Log(config, self.logger, self.recorded)]
+        self.callbacks: list[Callback] = [
+            Log(config, self.logger, self.recorded),
+            StopIfNotFinite(config, self.logger, self._last_sources),
+        ]
         if config.eval_iters:
             self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
         if config.save:
@@ -134,9 +142,7 @@ class Trainer:
         trained.optimizer.zero_grad()
         with counting:
             sums = self._run(microbatches, forward_only=False)
-            _, grad_norm, _ = trained.optimizer.step()
-        if grad_norm is None:  # clip_grad=0: megatron does not compute it
-            grad_norm = trained.optimizer.get_grad_norm()
+            grad_norm = step_if_finite(trained.optimizer)
         learning_rate = trained.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
         self.context.recording = False
@@ -145,7 +151,7 @@ class Trainer:
         return Step(
             iteration=trained.iteration,
             losses=mean_losses(sums, self.batches.task_names, self.topology),  # waits for the device
-            grad_norm=float(grad_norm),
+            grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=counts.tokens,
             seconds=time.perf_counter() - began,
@@ -194,6 +200,9 @@ class Trainer:
         """What megatron's schedule calls after the last backward of a step."""
         self.plan.end_step(with_gradients=True)
         finalize_model_grads(*args, **kwargs)
+
+    def _last_sources(self) -> list[str]:
+        return self.batches.sources(self.trained.consumed_samples - self.config.global_batch_size)
 
     def _seed_step(self, iteration: int) -> None:
         """Dropout is a function of (seed, step, data-parallel rank), so a resumed run draws the same masks."""
