@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bootstrap import Interval
 from comparison import (
     averages,
     compare,
@@ -78,39 +79,50 @@ def _write(
 ) -> None:
     parameters = {cell.name: parameters_of(cell, domain) for cell in cells}
     everything = {"LoRA, one task each": single, **results}
-    reference = "MALoRA" if "MALoRA" in results else next(iter(results))
     are_answers = has_right(everything)
-    columns = {}
     if are_answers:
         score_table(report, "Right answers, %", everything, parameters)
+    score_table(report, "Answer loss", everything, parameters, losses)
+    references = [name for name in ("MALoRA", "MALoRA-Small") if name in results] or list(results)[:1]
+    differences = {reference: _differences(report, results, reference) for reference in references}
+    changes = {"right, points": seesaw(results, single)} if are_answers else {}
+    changes["answer loss"] = seesaw(results, single, losses)
+    _seesaw_table(report, changes)
+    report.table("Label tokens", ["task", "training samples", "label tokens", "per sample"], label_tokens(domain))
+    tuning_table(report, tuned | {f"LoRA, {task} alone": one for task, one in single_tuned.items()})
+    _picture(report, results, single, right if are_answers else losses)
+    report.keep(
+        parameters=parameters,
+        differences=differences,
+        seesaw=changes,
+        tuning={name: one._asdict() for name, one in (tuned | single_tuned).items()},
+        runs=runs_for_json(everything),
+    )
+    report.write()
+
+
+def _differences(report: Report, results: dict[str, list[Result]], reference: str) -> dict[str, dict[str, Interval]]:
+    """The table of a method minus the others: {what: {other: difference}}."""
+    columns = {}
+    if has_right(results):
         columns["right, points"] = compare(results, reference)
         columns["right in the worst test, points"] = worst_test(results, reference)
-    score_table(report, "Answer loss", everything, parameters, losses)
     columns["answer loss x 100"] = compare(results, reference, losses)
     difference_table(report, f"{reference} minus the others, paired [95%]; bold: 0 lies outside", columns)
-    changes = {"answer loss": seesaw(results, single, losses)}
-    if are_answers:
-        changes = {"right, points": seesaw(results, single), **changes}
+    return columns
+
+
+def _seesaw_table(report: Report, changes: dict[str, dict[str, tuple[Interval, Interval]]]) -> None:
+    """A row per method, mean and worst change of each kind of score."""
     header = ["", *(f"{what}: {which}" for what in changes for which in ("mean", "worst"))]
     rows = []
-    for name in results:
+    for name in next(iter(changes.values())):
         texts = []
         for what, by_cell in changes.items():
             scale, digits = (100.0, 1) if what.startswith("right") else (1.0, 3)
             texts += [interval.text(digits, scale) for interval in by_cell[name]]
         rows.append([name, *texts])
     report.table("Seesaw: change against a LoRA of the task alone; more is better", header, rows)
-    report.table("Label tokens", ["task", "training samples", "label tokens", "per sample"], label_tokens(domain))
-    tuning_table(report, tuned | {f"LoRA, {task} alone": one for task, one in single_tuned.items()})
-    _picture(report, results, single, right if are_answers else losses)
-    report.keep(
-        parameters=parameters,
-        differences={name: dict(column) for name, column in columns.items()},
-        seesaw=changes,
-        tuning={name: one._asdict() for name, one in (tuned | single_tuned).items()},
-        runs=runs_for_json(everything),
-    )
-    report.write()
 
 
 def label_tokens(domain: Domain) -> list[list[object]]:
