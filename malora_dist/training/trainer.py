@@ -219,7 +219,8 @@ class Trainer:
             at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
             yield f"loaded {self.config.load}, going on {at}"
         if trained.iteration >= last:
-            yield f"nothing to do: iteration {trained.iteration} of {last} is reached; raise train_iters"
+            key = "train_iters" if last == self.config.train_iters else "exit_interval"
+            yield f"nothing to do: iteration {trained.iteration} is reached and {key}={last}; raise {key}"
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
