@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,13 @@ def read_records(path: str, split: str = "train") -> Iterator[tuple[str, Record]
         yield where, record
     if count == 0:
         raise DataError(f"{path}: holds no records; name another file or remove the task")
+
+
+def write_records(file: Path, records: Iterable[Record]) -> Path:
+    """Write a record per line, directories included; returns the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return file
 
 
 def text_of(record: Record, column: str, where: str) -> str:

@@ -8,13 +8,12 @@ therefore fluent in the form, yet cannot do the tasks before it is adapted.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from malora_dist.data.records import Record
+from malora_dist.data.records import Record, write_records
 
 _VOWELS = "aeiou"
 _CONSONANTS = "bcdfgklmnprst"
@@ -164,8 +163,5 @@ def write_tasks(folder: Path, seed: int, train_samples: int = 1500, validation_s
 
 def write_split(folder: Path, name: str, train: Iterable[Record], validation: Iterable[Record]) -> Path:
     """Write the two files of one task, with a record per line, and return the training file."""
-    for split, records in (("validation", validation), ("train", train)):
-        file = folder / split / f"{name}.jsonl"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return file
+    write_records(folder / "validation" / f"{name}.jsonl", validation)
+    return write_records(folder / "train" / f"{name}.jsonl", train)

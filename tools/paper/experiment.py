@@ -72,8 +72,7 @@ class Domain:
         The batch shrinks as far as it can, so that there are more steps than the number of tasks would leave.
         """
         batch, steps = self.keys["global_batch_size"], self.keys["train_iters"]
-        smaller = max(1, batch // len(self.tasks))
-        smaller = max(smaller, min(4, batch))
+        smaller = max(batch // len(self.tasks), min(4, batch))
         keys = {
             **self.keys,
             "global_batch_size": smaller,

@@ -7,19 +7,15 @@ by its number: its accuracy stays at chance.)
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from experiment import Task
 
-from malora_dist.data.records import read_records, text_of
+from malora_dist.data.records import Record, read_records, text_of, write_records
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.errors import ConfigError, DataError
-
-Record = dict[str, Any]
 
 #: {domain: {task: the data sets that it mixes}}.
 INTER_DOMAIN = {
@@ -65,7 +61,7 @@ def write_real(domain: str, source: Path, folder: Path, seed: int) -> tuple[Task
         for part in parts:
             records, questions = _read(part, source, seed)
             held_out = questions or [records.pop() for _ in range(TEST_QUESTIONS[part])]
-            tests[part] = _write(
+            tests[part] = write_records(
                 folder / f"{part}_test.jsonl", held_out[: TEST_QUESTIONS.get(part, MOST_TEST_QUESTIONS)]
             )
             count = VALIDATION_QUESTIONS // len(parts)
@@ -74,8 +70,8 @@ def write_real(domain: str, source: Path, folder: Path, seed: int) -> tuple[Task
         kind = "choice" if "options" in train[0] else "loss"
         trained = [_as_completion(record) for record in train]
         files = {
-            "train": _write(folder / f"{domain}_{name}_train.jsonl", trained),
-            "validation": _write(folder / f"{domain}_{name}_validation.jsonl", map(_as_completion, validation)),
+            "train": write_records(folder / f"{domain}_{name}_train.jsonl", trained),
+            "validation": write_records(folder / f"{domain}_{name}_validation.jsonl", map(_as_completion, validation)),
         }
         tasks.append(Task(name, files["train"], files["validation"], tests, kind))
     return tuple(tasks)
@@ -153,9 +149,3 @@ def _as_completion(record: Record) -> Record:
     if "options" not in record:
         return record
     return {"prompt": record["prompt"], "completion": record["options"][record["right"]]}
-
-
-def _write(file: Path, records: Iterator[Record] | list[Record]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return file

@@ -17,6 +17,7 @@ from tiny_tasks import INTER_DOMAIN, INTRA_DOMAIN, draw
 
 from malora_dist.checkpoint.convert import import_hf
 from malora_dist.config_file import load_config
+from malora_dist.data.records import write_records
 from malora_dist.errors import ConfigError
 from malora_dist.methods.comparison import Base, Candidate, as_large_as
 
@@ -120,7 +121,7 @@ SCALES = {
         seeds=(1, 2, 3),
         tuning_seeds=(101,),
         lrs=(1e-4, 2e-4, 4e-4),
-        keys={**_PAPER, "lora_dropout": 0.05, "seq_length": 1024, "bf16": True},
+        keys={**_PAPER, "bf16": True},
     ),
 }
 
@@ -161,9 +162,7 @@ def _tiny(scale: Scale, name: str, out: Path) -> Domain:
         files = {split: out / name / split / f"{task}.jsonl" for split in scale.samples}
         if not all(file.is_file() for file in files.values()):
             for split, samples in draw(skill, scale.samples, scale.data_seed).items():
-                files[split].parent.mkdir(parents=True, exist_ok=True)
-                lines = "".join(json.dumps(vars(sample)) + "\n" for sample in samples)
-                files[split].write_text(lines, encoding="utf-8")
+                write_records(files[split], map(vars, samples))
         tasks.append(Task(task, files["train"], files["validation"], {task: files["test"]}, "greedy"))
     return Domain(name, base, tuple(tasks), scale.keys)
 
@@ -179,8 +178,8 @@ def _gpu(scale: Scale, name: str, base: Path) -> Domain:
             if not file.is_file():
                 raise ConfigError(f"data[{task.label}].path", str(file), "is not there", "see docs/paper.md")
         tasks.append(Task(task.label, train, validation, {task.label: test}, "greedy"))
-    copied = ("global_batch_size", "train_iters", "lr_warmup_iters", "beta", "seq_length", "lora_dropout")
-    keys = {**scale.keys, **{key: getattr(preset, key) for key in copied}}
+    copied = ("global_batch_size", "train_iters", "seq_length", "lora_dropout")
+    keys = {**{key: getattr(preset, key) for key in copied}, **scale.keys}
     keys["micro_batch_size"] = keys["global_batch_size"]
     return Domain(name, base, tuple(tasks), keys)
 
