@@ -182,7 +182,12 @@ class TrainConfig:
     )
     log_interval: int = key(10, "steps between log lines", minimum=1)
     save: str = key("", "directory for adapter checkpoints; empty: save nothing")
-    load: str = key("", "directory of adapter checkpoints to resume from")
+    load: str = key("", "directory of adapter checkpoints to start or go on from")
+    resume: str = key(
+        "off",
+        "`auto`: go on from the newest checkpoint in `save` if there is one, else start as `load` says",
+        choices=("off", "auto"),
+    )
     save_interval: int = key(
         0, "steps between checkpoints; 0: only at the end", minimum=0, cure="set 0 for the end only"
     )

@@ -67,6 +67,17 @@ class Trained:
     consumed_samples: int = 0
 
 
+def find_start(config: Config) -> Path | None:
+    """The checkpoint that a run begins from: with ``resume: auto`` that in `save`, else that in `load`, if any.
+
+    Raises:
+        CheckpointError: `load` holds none.
+    """
+    if config.resume == "auto" and config.save and (Path(config.save) / TRACKER_FILE).is_file():
+        return checkpoint_dir(Path(config.save))
+    return checkpoint_dir(Path(config.load)) if config.load else None
+
+
 def read_adapter_info(directory: Path) -> AdapterInfo:
     """Read `adapter.json` of one `iter_*` directory.
 
@@ -193,15 +204,14 @@ def save_adapter_checkpoint(
     return directory
 
 
-def load_adapter_checkpoint(load: Path, trained: Trained, topology: Topology) -> None:
-    """Restore everything of :class:`Trained` in place from the checkpoint that the tracker names.
+def load_adapter_checkpoint(directory: Path, trained: Trained, topology: Topology) -> None:
+    """Restore everything of :class:`Trained` in place from one `iter_*` directory.
 
     Call :func:`check_adapter_matches` first. Missing and unexpected keys are errors.
 
     Raises:
         CheckpointError: half-written, or keys or shapes that do not fit.
     """
-    directory = checkpoint_dir(load)
     has_optimizer = read_adapter_info(directory).has_optimizer
     if has_optimizer:
         state = _sharded_state(trained, topology, is_loading=True)

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from malora_dist.checkpoint.adapter import (
     Trained,
     check_adapter_matches,
+    find_start,
     load_adapter_checkpoint,
     load_base_weights,
     save_adapter_checkpoint,
@@ -65,8 +66,9 @@ class Trainer:
         self.base = read_base_info(base_path)
         family = family_of(hf_dir(base_path))
         self.hf = family.hf
-        if config.load:
-            check_adapter_matches(checkpoint_dir(Path(config.load)), config, self.base)
+        self.start = find_start(config)
+        if self.start:
+            check_adapter_matches(self.start, config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
         self.batches = BatchSource(
             config, _load_tokenizer(hf_dir(base_path)), topology, topology.pp_size if is_interleaved else 1
@@ -90,8 +92,8 @@ class Trainer:
         self.model_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
         optimizer = make_optimizer(config, self.ddp, adam_choice(config, topology.device))
         self.trained = Trained(model, optimizer)
-        if config.load:
-            load_adapter_checkpoint(Path(config.load), self.trained, topology)
+        if self.start:
+            load_adapter_checkpoint(self.start, self.trained, topology)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         self.traffic = TrafficCounter(topology)
@@ -215,9 +217,9 @@ class Trainer:
         trained, last = self.trained, self.config.last_iteration
         yield banner(trained.model, self.config, self.hf, self.base, self.plan, self.topology)
         yield self.batches.describe()
-        if self.config.load:
+        if self.start:
             at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
-            yield f"loaded {self.config.load}, going on {at}"
+            yield f"loaded {self.start}, going on {at}"
         if trained.iteration >= last:
             key = "train_iters" if last == self.config.train_iters else "exit_interval"
             yield f"nothing to do: iteration {trained.iteration} is reached and {key}={last}; raise {key}"
