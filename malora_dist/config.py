@@ -188,6 +188,17 @@ class TrainConfig:
         "`auto`: go on from the newest checkpoint in `save` if there is one, else start as `load` says",
         choices=("off", "auto"),
     )
+    overwrite: bool = key(False, "a run that starts anew removes the checkpoints that another one has left in `save`")
+    keep_last: int = key(0, "newest checkpoints that are kept; 0: all", minimum=0, cure="set 0 to keep all")
+    async_save: bool = key(False, "write checkpoints while training goes on: a step waits only for a copy in host memory")
+    on_save_error: str = key(
+        "stop",
+        "when a checkpoint cannot be written: `stop`, or `continue` to the next one; the last one of a run has to be",
+        choices=("stop", "continue"),
+    )
+    allow_changed_data: bool = key(
+        False, "go on from a checkpoint although samples of validation may now be in training, and the reverse"
+    )
     save_interval: int = key(
         0, "steps between checkpoints; 0: only at the end", minimum=0, cure="set 0 for the end only"
     )

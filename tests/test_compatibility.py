@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from malora_dist.checkpoint.base import checkpoint_dir
-from malora_dist.checkpoint.tensor_files import TorchDistReader
+from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.errors import CheckpointError
 from malora_dist.parallel import compatibility
 from malora_dist.parallel.compatibility import check_common_state, keeps_common_state_inside

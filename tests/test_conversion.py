@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.checkpoint.convert import export_hf, fingerprint_hf, import_hf, roundtrip
-from malora_dist.checkpoint.tensor_files import TensorChunk, TorchDistReader, write_torch_dist
+from malora_dist.checkpoint.torch_dist import TensorChunk, TorchDistReader, write_torch_dist
 from malora_dist.errors import CheckpointError
 from malora_dist.families.base import family_of
 from malora_dist.families.conversion import Chunk

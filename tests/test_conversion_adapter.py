@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from malora_dist.checkpoint.base import checkpoint_dir, read_base_info
 from malora_dist.checkpoint.convert import import_hf, read_adapter_weights
-from malora_dist.checkpoint.tensor_files import TensorChunk, TorchDistReader, write_torch_dist
+from malora_dist.checkpoint.torch_dist import TensorChunk, TorchDistReader, write_torch_dist
 from malora_dist.errors import CheckpointError
 from malora_dist.hf.export import write_peft_adapter
 from malora_dist.hf.keys import TensorKey

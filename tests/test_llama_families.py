@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from malora_dist.checkpoint.base import checkpoint_dir
 from malora_dist.checkpoint.convert import import_hf, roundtrip
-from malora_dist.checkpoint.tensor_files import HfWeights, TorchDistReader
+from malora_dist.checkpoint.tensor_files import HfWeights
+from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.families.base import family_of
 from malora_dist.families.conversion import conversion_map
 from malora_dist.families.llama import Llama

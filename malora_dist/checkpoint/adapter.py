@@ -1,10 +1,11 @@
 """Adapter checkpoints: adapter, optimizer and data position as one megatron dist checkpoint.
 
     SAVE/
-        latest_checkpointed_iteration.txt   written last: a checkpoint without it is not there
+        latest_checkpointed_iteration.txt
         iter_0000100/                       megatron-core `torch_dist` checkpoint
             adapter.json                    :class:`AdapterInfo`
             config.yaml                     the resolved configuration of the run
+            manifest.json                   size and SHA-256 of every other file
 
 The frozen base is not in it; its fingerprint is. Dropout draws from (seed, step), so that no RNG
 state has to be kept: the iteration is enough.
@@ -13,23 +14,20 @@ state has to be kept: the iteration is enough.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from malora_dist.checkpoint.base import TRACKER_FILE, BaseInfo, checkpoint_dir, iteration_name
-from malora_dist.checkpoint.tensor_files import TorchDistReader
-from malora_dist.config import Config
-from malora_dist.config_file import save_config
+from malora_dist.checkpoint.base import BaseInfo
+from malora_dist.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
+from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.layers.adapted_linear import is_adapter_key
 from malora_dist.layers.decoder import CausalModel
@@ -39,19 +37,28 @@ from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
 ADAPTER_FILE = "adapter.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What `adapter.json` says about a checkpoint."""
+    """What `adapter.json` says about a checkpoint.
+
+    Attributes:
+        has_optimizer: False: imported weights, from which a run starts anew.
+        data: {file of a task: its fingerprint} of the run.
+        metrics: {tag: value} of an evaluation at this very iteration.
+    """
 
     spec: AdapterSpec
     base_fingerprint: str
     base_name_or_path: str
     iteration: int
     num_layers: int
-    has_optimizer: bool = True  # False: imported weights, from which a run starts anew
+    has_optimizer: bool = True
+    data: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass
@@ -65,17 +72,6 @@ class Trained:
     optimizer: MegatronOptimizer
     iteration: int = 0
     consumed_samples: int = 0
-
-
-def find_start(config: Config) -> Path | None:
-    """The checkpoint that a run begins from: with ``resume: auto`` that in `save`, else that in `load`, if any.
-
-    Raises:
-        CheckpointError: `load` holds none.
-    """
-    if config.resume == "auto" and config.save and (Path(config.save) / TRACKER_FILE).is_file():
-        return checkpoint_dir(Path(config.save))
-    return checkpoint_dir(Path(config.load)) if config.load else None
 
 
 def read_adapter_info(directory: Path) -> AdapterInfo:
@@ -95,9 +91,9 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
         version, fields = raw["format_version"], raw["spec"]
         if version == 1:  # it had one field more
             refuse_former_malora(fields["method"], fields.pop("rank_expansion"))
-        elif version != FORMAT_VERSION:
+        elif version not in (2, FORMAT_VERSION):
             raise CheckpointError(
-                f"{file}: format_version={version!r}, this version reads 1 and {FORMAT_VERSION}; "
+                f"{file}: format_version={version!r}, this version reads 1 to {FORMAT_VERSION}; "
                 "use the version that wrote it"
             )
         spec = AdapterSpec(**fields)
@@ -109,10 +105,13 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
             iteration=raw["iteration"],
             num_layers=raw["num_layers"],
             has_optimizer=raw.get("has_optimizer", True),
+            data=raw.get("data", {}),
+            metrics=raw.get("metrics", {}),
+            format_version=version,
         )
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error!r}); copy the checkpoint again") from error
 
 
@@ -125,17 +124,39 @@ def write_adapter_info(directory: Path, info: AdapterInfo) -> None:
         "iteration": info.iteration,
         "num_layers": info.num_layers,
         "has_optimizer": info.has_optimizer,
+        "data": dict(info.data),
+        "metrics": dict(info.metrics),
     }
     (directory / ADAPTER_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) -> None:
-    """Refuse a checkpoint of another base or another adapter, or a half-written one.
+def check_whole(directory: Path, part: int = 0, parts: int = 1) -> AdapterInfo:
+    """Check that one `iter_*` directory is complete and undamaged.
+
+    Args:
+        part, parts: of several callers, each compares the content of its share of the files with the manifest.
+            Checkpoints of an earlier version have none; of them it is known only that nothing is missing.
 
     Raises:
-        CheckpointError: naming what differs and both values, or the file that is missing or cut off.
+        CheckpointError: naming the file that is missing, cut off or damaged, or that would run something.
     """
+    if (directory / MANIFEST_FILE).is_file():
+        verify(directory, part, parts)
     info = read_adapter_info(directory)
+    if info.format_version >= 3:
+        read_manifest(directory)
+    if not (directory / "metadata.json").is_file():
+        raise CheckpointError(f"{directory}: is half-written, metadata.json is missing; write or copy it again")
+    check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
+    return info
+
+
+def check_adapter_matches(directory: Path, info: AdapterInfo, spec: AdapterSpec, base: BaseInfo) -> None:
+    """Refuse a checkpoint of another base or another adapter.
+
+    Raises:
+        CheckpointError: naming what differs and both values.
+    """
     if info.base_fingerprint != base.fingerprint:
         raise CheckpointError(
             f"{directory}: was trained on another base ({info.base_name_or_path}, fingerprint "
@@ -151,9 +172,6 @@ def check_adapter_matches(directory: Path, spec: AdapterSpec, base: BaseInfo) ->
             raise CheckpointError(
                 f"{directory}: has {key}={saved!r}, the config says {wanted!r}; set it to the checkpoint's"
             )
-    if not (directory / "metadata.json").is_file():
-        raise CheckpointError(f"{directory}: is half-written, metadata.json is missing; write or copy it again")
-    check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
 
 
 def _sharded_model(model: Sequence[CausalModel], topology: Topology, adapters: bool) -> dict[str, dict[str, Any]]:
@@ -173,7 +191,8 @@ def _sharded_model(model: Sequence[CausalModel], topology: Topology, adapters: b
     return sharded
 
 
-def _sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> dict[str, Any]:
+def sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> dict[str, Any]:
+    """All of :class:`Trained` as megatron's sharded tensors, keys of the checkpoint included."""
     metadata = {"dp_cp_group": topology.dp_group, "distrib_optim_sharding_type": "fully_reshardable"}
     adapters = _sharded_model(trained.model, topology, adapters=True)
     return {
@@ -183,38 +202,17 @@ def _sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> di
     }
 
 
-def save_adapter_checkpoint(
-    save: Path, trained: Trained, config: Config, base: BaseInfo, num_layers: int, topology: Topology
-) -> Path:
-    """Write `iter_*` and, when every rank is done, the tracker file. Called by all ranks."""
-    directory = save / iteration_name(trained.iteration)
-    if topology.rank == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    with without_expected_warnings():
-        dist_checkpointing.save(_sharded_state(trained, topology, is_loading=False), str(directory), strategy)
-    if topology.rank == 0:
-        spec = AdapterSpec(**config.adapter_fields())
-        origin = base.fingerprint, base.hf_model_name_or_path
-        write_adapter_info(directory, AdapterInfo(spec, *origin, trained.iteration, num_layers))
-        save_config(config, directory / "config.yaml")
-        (save / TRACKER_FILE).write_text(f"{trained.iteration}\n", encoding="utf-8")
-    dist.barrier()
-    return directory
-
-
 def load_adapter_checkpoint(directory: Path, trained: Trained, topology: Topology) -> None:
     """Restore everything of :class:`Trained` in place from one `iter_*` directory.
 
-    Call :func:`check_adapter_matches` first. Missing and unexpected keys are errors.
+    Call :func:`check_whole` and :func:`check_adapter_matches` first. Missing and unexpected keys are errors.
 
     Raises:
         CheckpointError: half-written, or keys or shapes that do not fit.
     """
     has_optimizer = read_adapter_info(directory).has_optimizer
     if has_optimizer:
-        state = _sharded_state(trained, topology, is_loading=True)
+        state = sharded_state(trained, topology, is_loading=True)
     else:
         state = {"model": _sharded_model(trained.model, topology, adapters=True)}
     cure = "resume with the config.yaml in it" if has_optimizer else "import the adapter again, for this base"

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from malora_dist.checkpoint.base import TRACKER_FILE, hf_dir, iteration_name, read_base_info, staged_directory
-from malora_dist.checkpoint.convert import AdapterWeights, stored_parameters, write_megatron_files
-from malora_dist.checkpoint.tensor_files import TensorChunk, bits_equal, write_torch_dist
+from malora_dist.checkpoint.convert import AdapterWeights, stored_parameters
+from malora_dist.checkpoint.tensor_files import bits_equal
+from malora_dist.checkpoint.torch_dist import TensorChunk, write_megatron_files, write_torch_dist
 from malora_dist.errors import CheckpointError
 from malora_dist.families.base import family_of
 from malora_dist.families.conversion import conversion_map

@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from malora_dist.checkpoint.tensor_files import TorchDistReader
+from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.errors import CheckpointError
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
@@ -67,25 +67,32 @@ def iteration_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def checkpoint_dir(path: Path) -> Path:
-    """The directory of the iteration that the tracker file names, for a base or any other checkpoint.
+def read_tracker(path: Path) -> int:
+    """The iteration that the tracker file of a checkpoint names.
 
     Raises:
-        CheckpointError: no such directory, or half-written: no tracker file, or it names what is not there.
+        CheckpointError: no such directory, or half-written: no tracker file, or one that names none.
     """
-    path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: is not a directory; name a checkpoint's directory")
     tracker = path / TRACKER_FILE
     if not tracker.is_file():
-        if path.name.startswith("iter_"):
-            raise CheckpointError(f"{path}: is one iteration of a checkpoint; name its parent {path.parent}")
         reason = "is half-written" if any(path.glob("iter_*")) else "is not a checkpoint"
         raise CheckpointError(f"{path}: {reason}, {TRACKER_FILE} is missing; write or copy it again")
-    iteration = tracker.read_text(encoding="utf-8").strip()
-    if not iteration.isdecimal():
+    iteration = tracker.read_bytes().decode(errors="replace").strip()
+    if not (iteration.isascii() and iteration.isdecimal() and len(iteration) < 10):
         raise CheckpointError(f"{tracker}: holds {iteration!r}, must be the number of an iteration; write it again")
-    directory = path / iteration_name(int(iteration))
+    return int(iteration)
+
+
+def checkpoint_dir(path: Path) -> Path:
+    """The directory of the iteration that the tracker file of a converted base names.
+
+    Raises:
+        CheckpointError: as :func:`read_tracker`, or that iteration is not there.
+    """
+    path = Path(path)
+    directory = path / iteration_name(read_tracker(path))
     if not directory.is_dir():
         raise CheckpointError(
             f"{path}: is half-written, {directory.name} named by {TRACKER_FILE} is missing; write or copy it again"

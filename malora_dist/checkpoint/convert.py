@@ -28,14 +28,8 @@ from malora_dist.checkpoint.base import (
     staged_directory,
     write_base_info,
 )
-from malora_dist.checkpoint.tensor_files import (
-    Fingerprint,
-    HfWeights,
-    TensorChunk,
-    TorchDistReader,
-    bits_equal,
-    write_torch_dist,
-)
+from malora_dist.checkpoint.tensor_files import Fingerprint, HfWeights, bits_equal
+from malora_dist.checkpoint.torch_dist import TensorChunk, TorchDistReader, write_megatron_files, write_torch_dist
 from malora_dist.errors import CheckpointError
 from malora_dist.families.base import Family, family_of
 from malora_dist.families.conversion import (
@@ -232,14 +226,6 @@ def read_adapter_weights(save_dir: Path) -> AdapterWeights:
             )
         tensors |= {(layer, p, name): tensor for layer, tensor in enumerate(stacked) for p in projections}
     return AdapterWeights(info.spec, tensors, info.base_name_or_path, info.base_fingerprint, info.iteration)
-
-
-def write_megatron_files(directory: Path) -> None:
-    """What megatron's `torch_dist` strategy wants beside the tensors; importing megatron for it would take seconds."""
-    torch.save({}, directory / "common.pt")
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    backends |= {"common_backend": "torch", "common_backend_version": 1}
-    (directory / "metadata.json").write_text(json.dumps(backends), encoding="utf-8")
 
 
 def stored_parameters(spec: AdapterSpec) -> dict[str, tuple[str, tuple[str, ...]]]:

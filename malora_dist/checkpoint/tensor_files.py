@@ -1,38 +1,14 @@
-"""Tensors on disk, read and written one at a time: safetensors and torch's distributed checkpoints.
-
-No process group is needed: torch's checkpoint reader and writer are driven through their own
-interface, without its ``save`` and ``load``, which want the whole state dict in memory.
-"""
+"""The tensors of a Hugging Face directory, read one at a time, and what identifies a model."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
-import pickle
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import (
-    ChunkStorageMetadata,
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    FileSystemReader,
-    FileSystemWriter,
-    LoadPlan,
-    SavePlan,
-    TensorStorageMetadata,
-    WriteItem,
-)
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from malora_dist.errors import CheckpointError
 
@@ -123,139 +99,3 @@ class Fingerprint:
 def bits_equal(a: Tensor, b: Tensor) -> bool:
     """Same dtype, shape and bits; NaN equals itself."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-@dataclass(frozen=True)
-class TensorChunk:
-    """A block of a tensor in a checkpoint, and where its values come from."""
-
-    key: str
-    dtype: torch.dtype
-    global_shape: tuple[int, ...]
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    load: Callable[[], Tensor]  # gives a CPU tensor of `shape` and `dtype`
-
-
-class _LazyPlanner(DefaultSavePlanner):
-    """Fetches a tensor only when the writer has come to it."""
-
-    def __init__(self, chunks: Iterable[TensorChunk]) -> None:
-        super().__init__()
-        self._chunks = {(chunk.key, torch.Size(chunk.offset)): chunk for chunk in chunks}
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        index = write_item.index
-        if write_item.type == WriteItemType.BYTE_IO:
-            empty = io.BytesIO()
-            torch.save([None], empty)  # megatron's form: a list with one entry per local shard
-            return empty
-        assert index.offset is not None
-        return self._chunks[index.fqn, index.offset].load()
-
-
-def write_torch_dist(
-    directory: Path,
-    chunks: Sequence[TensorChunk],
-    empty_objects: Sequence[str] = (),
-    progress: Callable[[Sequence[SavePlan]], Iterable[SavePlan]] = iter,
-) -> None:
-    """Write a torch distributed checkpoint, one data file per chunk: torch keeps what it writes until a file is done.
-
-    To torch each chunk looks like the share of one rank.
-
-    Args:
-        directory: an empty directory.
-        empty_objects: keys of objects whose value is None.
-    """
-    writer = FileSystemWriter(directory, thread_count=1)
-    writer.set_up_storage_writer(True)
-    plans = [SavePlan([_write_item(chunk)]) for chunk in chunks]
-    if empty_objects:
-        plans.append(SavePlan([WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in empty_objects]))
-    plans, metadata = create_default_global_save_plan([writer.prepare_local_plan(plan) for plan in plans])
-    plans = writer.prepare_global_plan(plans)
-    planner = _LazyPlanner(chunks)
-    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in progress(plans)])
-
-
-def _write_item(chunk: TensorChunk) -> WriteItem:
-    return WriteItem(
-        index=MetadataIndex(chunk.key, chunk.offset),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.shape)),
-            properties=TensorProperties(dtype=chunk.dtype),
-            size=torch.Size(chunk.global_shape),
-        ),
-    )
-
-
-class _ChunkLoader(DefaultLoadPlanner):
-    """Copies what is read into one tensor."""
-
-    def __init__(self, target: Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self._target
-
-
-class TorchDistReader:
-    """The tensors of a torch distributed checkpoint, whatever layout wrote it.
-
-    Attributes:
-        tensors: {key: metadata with `size` (global shape) and `properties.dtype`}.
-        objects: keys of what is not a tensor.
-
-    Raises:
-        CheckpointError: the checkpoint is half-written: a file is missing or too short.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._reader = FileSystemReader(directory)
-        self._directory = directory
-        metadata = self._read_metadata()
-        self.tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self.objects = metadata.state_dict_metadata.keys() - self.tensors.keys()
-        self._reader.set_up_storage_reader(metadata, True)
-
-    def _read_metadata(self) -> Metadata:
-        file = self._directory / ".metadata"
-        if not file.is_file():
-            raise CheckpointError(f"{self._directory}: is half-written, .metadata is missing; write or copy it again")
-        try:
-            metadata = self._reader.read_metadata()
-        except (EOFError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"{file}: is cut off or damaged ({error}); write or copy it again") from error
-        sizes: dict[str, int] = {}
-        for stored in (metadata.storage_data or {}).values():
-            sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
-        for name, size in sorted(sizes.items()):
-            data = self._directory / name
-            if not data.is_file():
-                raise CheckpointError(f"{self._directory}: is half-written, {name} is missing; write or copy it again")
-            if data.stat().st_size < size:
-                raise CheckpointError(
-                    f"{data}: is half-written, has {data.stat().st_size} of {size} bytes; write or copy it again"
-                )
-        return metadata
-
-    def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
-        """A block of a tensor, by default the whole; on the CPU, dtype and bits kept.
-
-        Raises:
-            CheckpointError: if the stored blocks do not cover it.
-        """
-        stored = self.tensors[key]
-        block = ChunkStorageMetadata(
-            torch.Size(offset if offset is not None else [0] * len(stored.size)), torch.Size(shape or stored.size)
-        )
-        target = torch.empty(block.sizes, dtype=stored.properties.dtype)
-        items = create_read_items_for_chunk_list(key, stored, [block])
-        # The blocks of one tensor never overlap, so equal sizes mean that nothing is left unset.
-        if sum(math.prod(item.lengths) for item in items) != target.numel():
-            raise CheckpointError(f"{self._directory}: tensor {key!r} is stored only in part; write it again")
-        self._reader.read_data(LoadPlan(items), _ChunkLoader(target)).wait()
-        return target

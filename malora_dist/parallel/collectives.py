@@ -78,3 +78,17 @@ def exchange_counts(to_send: Tensor, group: ProcessGroup) -> Tensor:
     to_receive = torch.empty_like(to_send)
     dist.all_to_all_single(to_receive, to_send, group=group)
     return to_receive
+
+
+def first_fault(fault: str) -> str:
+    """What a rank has met that cannot go on, so that all stop for the same reason; called by all ranks.
+
+    Args:
+        fault: of this rank; empty: none.
+
+    Returns:
+        that of the lowest rank that has one; empty: none has.
+    """
+    faults: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(faults, fault)
+    return next(filter(None, faults), "")

@@ -94,6 +94,11 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def place_on_machine() -> tuple[int, int]:
+    """This process among those of its machine, and how many these are, as torchrun sets them; (0, 1) without it."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _init_process_group(device: torch.device, timeout: datetime.timedelta) -> None:
     if dist.is_initialized():
         return
