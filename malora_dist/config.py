@@ -190,7 +190,9 @@ class TrainConfig:
     )
     overwrite: bool = key(False, "a run that starts anew removes the checkpoints that another one has left in `save`")
     keep_last: int = key(0, "newest checkpoints that are kept; 0: all", minimum=0, cure="set 0 to keep all")
-    async_save: bool = key(False, "write checkpoints while training goes on: a step waits only for a copy in host memory")
+    async_save: bool = key(
+        False, "write checkpoints while training goes on; a step waits only for a copy to host memory"
+    )
     on_save_error: str = key(
         "stop",
         "when a checkpoint cannot be written: `stop`, or `continue` to the next one; the last one of a run has to be",

@@ -202,7 +202,7 @@ def sharded_state(trained: Trained, topology: Topology, is_loading: bool) -> dic
     }
 
 
-def load_adapter_checkpoint(directory: Path, trained: Trained, topology: Topology) -> None:
+def load_adapter_checkpoint(directory: Path, has_optimizer: bool, trained: Trained, topology: Topology) -> None:
     """Restore everything of :class:`Trained` in place from one `iter_*` directory.
 
     Call :func:`check_whole` and :func:`check_adapter_matches` first. Missing and unexpected keys are errors.
@@ -210,7 +210,6 @@ def load_adapter_checkpoint(directory: Path, trained: Trained, topology: Topolog
     Raises:
         CheckpointError: half-written, or keys or shapes that do not fit.
     """
-    has_optimizer = read_adapter_info(directory).has_optimizer
     if has_optimizer:
         state = sharded_state(trained, topology, is_loading=True)
     else:

@@ -11,6 +11,7 @@ import torch
 
 from malora_dist.checkpoint.base import TRACKER_FILE, hf_dir, iteration_name, read_base_info, staged_directory
 from malora_dist.checkpoint.convert import AdapterWeights, stored_parameters
+from malora_dist.checkpoint.manifest import write_manifest
 from malora_dist.checkpoint.tensor_files import bits_equal
 from malora_dist.checkpoint.torch_dist import TensorChunk, write_megatron_files, write_torch_dist
 from malora_dist.errors import CheckpointError
@@ -80,6 +81,7 @@ def write_adapter_weights(save_dir: Path, adapter: AdapterWeights) -> None:
         write_torch_dist(staging / name, chunks)
         write_megatron_files(staging / name)
         write_adapter_info(staging / name, info)
+        write_manifest(staging / name)
         (staging / TRACKER_FILE).write_text(f"{adapter.iteration}\n", encoding="utf-8")
 
 

@@ -5,6 +5,7 @@ DIR/
     iter_0000000/                       megatron-core `torch_dist` checkpoint of the base
     hf/                                 config, tokenizer and generation config of the original
     malora_base.json                    :class:`BaseInfo`
+    manifest.json                       size and SHA-256 of every other file
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from malora_dist.checkpoint.manifest import MANIFEST_FILE, sync
 from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.errors import CheckpointError
 
@@ -105,6 +107,11 @@ def hf_dir(path: Path) -> Path:
     return Path(path) / HF_FOLDER
 
 
+def has_manifest(path: Path) -> bool:
+    """Whether a converted base can be verified; those of an earlier version cannot."""
+    return (path / MANIFEST_FILE).is_file()
+
+
 def read_base_info(path: Path) -> BaseInfo:
     """Read what a converted base holds, and check that all its files are there.
 
@@ -129,7 +136,7 @@ def read_base_info(path: Path) -> BaseInfo:
     TorchDistReader(iteration_dir)  # checks the data files
     try:
         return BaseInfo(**json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); convert the model again") from error
 
 
@@ -161,7 +168,7 @@ def staged_directory(target: Path, layout: Collection[str] = ()) -> Iterator[Pat
         raise CheckpointError(f"{target}: is a mount point, which cannot be replaced; name a directory inside it")
     if target.exists():
         found = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}
-        if found and found != set(layout):
+        if found and found - {MANIFEST_FILE} != set(layout):
             raise CheckpointError(
                 f"{target}: exists and is not an earlier result of this command ({min(found)} is there); "
                 "name another directory or remove it"
@@ -173,5 +180,6 @@ def staged_directory(target: Path, layout: Collection[str] = ()) -> Iterator[Pat
         if target.exists():
             shutil.rmtree(target)
         staging.rename(target)
+        sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,7 +6,7 @@ import functools
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,14 @@ from malora_dist.checkpoint.base import (
     BaseInfo,
     checkpoint_dir,
     copy_hf_files,
+    has_manifest,
     hf_dir,
     iteration_name,
     read_base_info,
     staged_directory,
     write_base_info,
 )
+from malora_dist.checkpoint.manifest import verify, write_manifest
 from malora_dist.checkpoint.tensor_files import Fingerprint, HfWeights, bits_equal
 from malora_dist.checkpoint.torch_dist import TensorChunk, TorchDistReader, write_megatron_files, write_torch_dist
 from malora_dist.errors import CheckpointError
@@ -94,6 +96,7 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
         )
         write_base_info(staging, info)
         (staging / TRACKER_FILE).write_text("0\n", encoding="utf-8")
+        write_manifest(staging)
     return info
 
 
@@ -109,6 +112,8 @@ def export_hf(megatron_path: Path, hf_path: Path, max_shard_bytes: int = DEFAULT
         CheckpointError: not a whole converted base, its weights are not those that were imported,
             or `hf_path` is not empty.
     """
+    if has_manifest(megatron_path):
+        verify(megatron_path)
     info = read_base_info(megatron_path)
     reader = TorchDistReader(checkpoint_dir(megatron_path))
     chunks = conversion_map(family_of(hf_dir(megatron_path)))
@@ -199,17 +204,22 @@ class AdapterWeights:
     iteration: int
 
 
-def read_adapter_weights(save_dir: Path) -> AdapterWeights:
-    """Read the newest adapter checkpoint of a training run, whatever layout wrote it.
+def read_adapter_weights(save_dir: Path, tell: Callable[[str], None] = print) -> AdapterWeights:
+    """Read the newest sound adapter checkpoint of a training run, whatever layout wrote it.
+
+    Args:
+        save_dir: the run's `save`, or one `iter_*` directory in it.
+        tell: is told which newer checkpoints were passed over and why, a line each.
 
     Raises:
         CheckpointError: not an adapter checkpoint, half-written, or its tensors are not those of
             the adapter it describes.
     """
     with without_expected_warnings():  # imports megatron, which the other conversions do without
-        from malora_dist.checkpoint.adapter import read_adapter_info
-    directory = checkpoint_dir(save_dir)
-    info = read_adapter_info(directory)
+        from malora_dist.checkpoint.start import newest_sound
+    directory, info, notes = newest_sound(save_dir)
+    for note in notes:
+        tell(note)
     reader = TorchDistReader(directory)
     expected = stored_parameters(info.spec)
     found = {key for key in reader.tensors if key.startswith("decoder.")}

@@ -1,10 +1,10 @@
 """The `save` directory of a run: which checkpoints it holds, how one appears in it, and how old ones go.
 
-    SAVE/
-        latest_checkpointed_iteration.txt   the newest checkpoint
-        best_checkpointed_iteration.txt     with `keep_best`: the one of the best validation
-        iter_0000100/                       a complete checkpoint: it got this name by one rename
-        .iter_0000200.partial/              one that is being written, or was when the run was killed
+SAVE/
+    latest_checkpointed_iteration.txt   the newest checkpoint
+    best_checkpointed_iteration.txt     with `keep_best`: the one of the best validation
+    iter_0000100/                       a complete checkpoint: it got this name by one rename
+    .iter_0000200.partial/              one that is being written, or was when the run was killed
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from malora_dist.errors import CheckpointError, ConfigError
 BEST_FILE = "best_checkpointed_iteration.txt"
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
-#: Names of what is not a checkpoint (any more): being written, displaced by a newer one of its iteration, being removed.
+#: States of what is not a checkpoint (any more): being written, displaced by another of its iteration, being removed.
 _PARTIAL, _DISPLACED, _REMOVED = "partial", "displaced", "removed"
 
 

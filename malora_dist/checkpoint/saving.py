@@ -1,9 +1,9 @@
 """Writing adapter checkpoints: aside, checked by a manifest, and published by one rename.
 
 A checkpoint comes about in three parts. :meth:`CheckpointWriter.begin` finds out what each rank has to write and, with
-`async_save`, copies it to host memory; then every rank writes its file, with `async_save` in a thread, and no rank waits
-for another; :meth:`CheckpointWriter.finish` brings the parts together. Whatever fails on one rank is an error of all,
-and leaves the checkpoints that were there.
+`async_save`, copies it to host memory; then every rank writes its file, with `async_save` in a thread, and no rank
+waits for another; :meth:`CheckpointWriter.finish` brings the parts together. Whatever fails on one rank is an error of
+all, and leaves the checkpoints that were there.
 """
 
 from __future__ import annotations

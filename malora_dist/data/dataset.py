@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +32,8 @@ class TaskDataset:
         weight: its mixing weight.
         overlong: samples above seq_length, truncated or dropped, in both splits.
         blank: samples left out for their empty answer, in both splits.
-        fingerprints: {``train`` or ``validation``: SHA-256 of what was read for it}.
+        fingerprints: {``train`` or ``validation``: SHA-256 of what was read for it, ``split``: SHA-256 of which
+            records are in which of the two}.
     """
 
     name: str
@@ -76,12 +79,12 @@ def split_off(
 
 
 def data_fingerprints(tasks: Sequence[TaskDataset]) -> dict[str, str]:
-    """{``TASK/train`` or ``TASK/validation``: SHA-256 of what was read for it}; validation only if it has a file."""
+    """{``TASK/`` and a key of its fingerprints: the fingerprint}; validation only if it has a file."""
     return {f"{task.name}/{split}": digest for task in tasks for split, digest in task.fingerprints.items()}
 
 
 def data_paths(config: DataConfig) -> dict[str, str]:
-    """{key of :func:`data_fingerprints`: the path that the config names there}."""
+    """{key of :func:`data_fingerprints` that stands for a file: the path that the config names there}."""
     named = [(f"{task.label}/train", task.path) for task in config.data]
     named += [(f"{task.label}/validation", task.validation_path) for task in config.data if task.validation_path]
     return dict(named)
@@ -127,8 +130,15 @@ def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokeni
         validation,
         overlong=sum(split.overlong for split in splits.values()),
         blank=sum(split.blank for split in splits.values()),
-        fingerprints={which: split.fingerprint for which, split in splits.items()},
+        fingerprints={which: split.fingerprint for which, split in splits.items()}
+        | {"split": _digest(train, validation)},
     )
+
+
+def _digest(*parts: Sequence[TokenizedExample]) -> str:
+    """SHA-256 of which records of their files the parts hold, wherever the files lie."""
+    numbers = [[sample.source.rsplit(":", 1)[-1] for sample in part] for part in parts]
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Split:

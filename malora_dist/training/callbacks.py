@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
+from malora_dist.checkpoint.adapter import Trained
+from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
-from malora_dist.errors import TrainingError
+from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.training.evaluation import TaskLosses
 
@@ -153,16 +154,29 @@ class Evaluate(Periodic):
 
 
 class Save(Periodic):
-    """Writes a checkpoint every ``save_interval`` steps.
+    """Writes a checkpoint every ``save_interval`` steps."""
 
-    Args:
-        save: writes it and returns its directory; a collective.
-    """
-
-    def __init__(self, config: Config, logger: Logger, save: Callable[[], Path]) -> None:
+    def __init__(self, config: Config, logger: Logger, writer: CheckpointWriter, trained: Trained) -> None:
         super().__init__(config.save_interval, config.last_iteration)
-        self._logger, self._save = logger, save
+        self._config, self._logger, self._writer, self._trained = config, logger, writer, trained
 
     def after_step(self, step: Step) -> None:
-        if self.is_due(step.iteration):
-            self._logger.message(f"saved {self._save()}")
+        is_due, is_last = self.is_due(step.iteration), step.iteration == self._last
+        if self._writer.is_pending and (is_due or self._writer.is_written()):
+            self._try(self._finish, is_last)
+        if is_due:
+            self._try(lambda: self._writer.begin(self._trained, {}), is_last)
+            if self._writer.is_pending and (is_last or not self._config.async_save):
+                self._try(self._finish, is_last)
+
+    def _finish(self) -> None:
+        self._logger.message(f"saved {self._writer.finish()}")
+
+    def _try(self, write: Callable[[], None], is_last: bool) -> None:
+        """Write; if that is impossible, go on where the config wants it and a later checkpoint makes up for it."""
+        try:
+            write()
+        except CheckpointError as error:
+            if is_last or self._config.on_save_error == "stop":
+                raise
+            self._logger.message(f"no checkpoint: {error}")

@@ -16,16 +16,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from malora_dist.checkpoint.adapter import (
+    AdapterInfo,
     Trained,
     check_adapter_matches,
-    find_start,
     load_adapter_checkpoint,
     load_base_weights,
-    save_adapter_checkpoint,
 )
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
+from malora_dist.checkpoint.resume import check_data, config_differences
+from malora_dist.checkpoint.saving import CheckpointWriter
+from malora_dist.checkpoint.start import find_start, verify_base
 from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
+from malora_dist.data.dataset import data_paths
 from malora_dist.errors import CheckpointError
 from malora_dist.exchange.plan import plan_exchanges
 from malora_dist.families.base import family_of
@@ -33,6 +36,7 @@ from malora_dist.layers.adapted_linear import start_from_base
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
+from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.routing import reduce_statistics, report_routing
@@ -63,16 +67,21 @@ class Trainer:
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config, self.topology = config, topology
         base_path = Path(config.pretrained_checkpoint)
+        self.notes = [note for note in [verify_base(base_path)] if note]
         self.base = read_base_info(base_path)
         family = family_of(hf_dir(base_path))
         self.hf = family.hf
-        self.start = find_start(config)
+        self.start = find_start(config, topology)
         if self.start:
-            check_adapter_matches(self.start, config, self.base)
+            check_adapter_matches(self.start.directory, self.start.info, config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
         self.batches = BatchSource(
             config, _load_tokenizer(hf_dir(base_path)), topology, topology.pp_size if is_interleaved else 1
         )
+        if self.start:
+            changes = check_data(self.start, config, self.batches.fingerprints, data_paths(config))
+            changes += config_differences(self.start, config)
+            self.notes += [*self.start.notes, *(f"not as in the checkpoint: {change}" for change in changes)]
 
         self.context = RoutingContext(num_tasks=len(config.data))
         sites = adapter_sites(self.hf, config, topology)
@@ -93,7 +102,7 @@ class Trainer:
         optimizer = make_optimizer(config, self.ddp, adam_choice(config, topology.device))
         self.trained = Trained(model, optimizer)
         if self.start:
-            load_adapter_checkpoint(self.start, self.trained, topology)
+            load_adapter_checkpoint(self.start.directory, self.start.info.has_optimizer, self.trained, topology)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         self.traffic = TrafficCounter(topology)
@@ -105,7 +114,23 @@ class Trainer:
         if config.eval_iters:
             self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
         if config.save:
-            self.callbacks.append(Save(config, self.logger, self.save))
+            self.callbacks.append(Save(config, self.logger, self._make_writer(), self.trained))
+
+    def _make_writer(self) -> CheckpointWriter:
+        """What writes this run's checkpoints; `save` is made ready for them."""
+        config, base = self.config, self.base
+        origin = AdapterInfo(
+            AdapterSpec(**config.adapter_fields()),
+            base.fingerprint,
+            base.hf_model_name_or_path,
+            iteration=0,
+            num_layers=self.hf.num_hidden_layers,
+            data=self.batches.fingerprints,
+        )
+        writer = CheckpointWriter(config, origin, self.topology)
+        goes_on_there = self.start is not None and self.start.directory.resolve().parent == Path(config.save).resolve()
+        writer.prepare(goes_on_there)
+        return writer
 
     def train(self) -> None:
         """Train to the config's last iteration; the callbacks do what is due between the steps."""
@@ -179,12 +204,6 @@ class Trainer:
         self.plan.end_step(with_gradients=False)
         return mean_losses(sums, self.batches.task_names, self.topology)
 
-    def save(self) -> Path:
-        """Write a checkpoint of this iteration; its directory."""
-        return save_adapter_checkpoint(
-            Path(self.config.save), self.trained, self.config, self.base, self.hf.num_hidden_layers, self.topology
-        )
-
     def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
         """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
         return get_forward_backward_func()(
@@ -217,9 +236,10 @@ class Trainer:
         trained, last = self.trained, self.config.last_iteration
         yield banner(trained.model, self.config, self.hf, self.base, self.plan, self.topology)
         yield self.batches.describe()
+        yield from self.notes
         if self.start:
             at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
-            yield f"loaded {self.start}, going on {at}"
+            yield f"loaded {self.start.directory}, going on {at}"
         if trained.iteration >= last:
             key = "train_iters" if last == self.config.train_iters else "exit_interval"
             yield f"nothing to do: iteration {trained.iteration} is reached and {key}={last}; raise {key}"
