@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from malora_dist.checkpoint.adapter import Trained
+from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
-from malora_dist.errors import TrainingError
+from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.metrics.loggers.base import Metrics
 from malora_dist.training.callbacks import Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
 from malora_dist.training.evaluation import TaskLosses
@@ -98,14 +100,61 @@ def test_evaluate() -> None:
     assert len(logger.logged) == 2, "nothing to report without a validation split"
 
 
-def test_save() -> None:
-    logger, saved = Noting(), []
+class SlowWriter:
+    """Begins checkpoints, which are written two looks later, and may fail to."""
 
-    def save() -> Path:
-        saved.append(len(saved))
-        return Path(f"run/{len(saved)}")
+    def __init__(self, failing: tuple[int, ...] = ()) -> None:
+        self.failing = failing
+        self.begun = 0
+        self.is_pending = False
+        self.looks = 0
 
-    callback = Save(Config(save_interval=2, train_iters=3), logger, save)
-    for i in (1, 2, 3):
+    def begin(self, trained: Any, metrics: object) -> None:
+        assert not self.is_pending
+        self.is_pending, self.looks = True, 0
+        self.begun += 1
+
+    def is_written(self) -> bool:
+        self.looks += 1
+        return self.looks >= 2
+
+    def finish(self) -> str:
+        self.is_pending = False
+        if self.begun in self.failing:
+            raise CheckpointError(f"number {self.begun}")
+        return f"run/{self.begun}"
+
+
+def saves(writer: SlowWriter, steps: int, **config: Any) -> list[str]:
+    """What is told after each step, steps apart by a bar."""
+    logger = Noting()
+    callback = Save(
+        Config(train_iters=steps, **config), logger, cast("CheckpointWriter", writer), cast("Trained", None)
+    )
+    for i in range(1, steps + 1):
         callback.after_step(step(i))
-    assert logger.messages == ["saved run/1", "saved run/2"]
+        logger.messages.append("|")
+    return "".join(logger.messages).removesuffix("|").split("|")
+
+
+def test_save() -> None:
+    assert saves(SlowWriter(), 3, save_interval=2) == ["", "saved run/1", "saved run/2"]
+    assert saves(SlowWriter(), 2, save_interval=0) == ["", "saved run/1"]
+
+
+def test_save_while_training_goes_on() -> None:
+    """A checkpoint is published when it is written, or when the next is due; the last one before the run ends."""
+    late = saves(SlowWriter(), 6, save_interval=3, async_save=True)
+    assert late == ["", "", "", "", "saved run/1", "saved run/2"]
+    soon = saves(SlowWriter(), 3, save_interval=1, async_save=True)
+    assert soon == ["", "saved run/1", "saved run/2saved run/3"]
+
+
+def test_a_checkpoint_that_cannot_be_written() -> None:
+    """Ends the run, or only where `on_save_error` says so and a later one makes up for it."""
+    with pytest.raises(CheckpointError, match="number 1"):
+        saves(SlowWriter(failing=(1,)), 3, save_interval=1)
+    told = saves(SlowWriter(failing=(1,)), 2, save_interval=1, on_save_error="continue")
+    assert told == ["no checkpoint: number 1", "saved run/2"]
+    with pytest.raises(CheckpointError, match="number 2"):
+        saves(SlowWriter(failing=(2,)), 2, save_interval=1, on_save_error="continue")

@@ -5,6 +5,7 @@
     python tools/convert_hf.py export-adapter --megatron-path SAVE --hf-path ADAPTER [--hf-model LLAMA]
     python tools/convert_hf.py import-adapter --adapter ADAPTER --megatron-path NEW_SAVE [--base BASE]
     python tools/convert_hf.py roundtrip      --hf-model LLAMA [--megatron-path BASE] [--hf-path NEW_LLAMA]
+    python tools/convert_hf.py verify         BASE_OR_SAVE
 
 One process, no GPU, and the memory of one tensor and one output file. `export` and `roundtrip` are exact to the bit.
 """
@@ -26,6 +27,7 @@ from malora_dist.checkpoint.convert import (
     read_adapter_weights,
     roundtrip,
 )
+from malora_dist.checkpoint.inspection import inspect
 from malora_dist.errors import CheckpointError, exit_on_user_error
 
 
@@ -88,6 +90,17 @@ def run_roundtrip(args: argparse.Namespace) -> str:
     return f"{count} tensors of {args.hf_model} are equal bit by bit after import and export"
 
 
+def run_verify(args: argparse.Namespace) -> str:
+    """Compare a converted base, or all checkpoints of a run, with their manifests."""
+    findings = list(inspect(args.directory))
+    for finding in findings:
+        print(f"{finding.directory}: {finding.report}" if not finding.fault else f"damaged: {finding.fault}")
+    damaged = sum(bool(finding.fault) for finding in findings)
+    if damaged:
+        raise CheckpointError(f"{args.directory}: {damaged} of {len(findings)} are damaged, see above")
+    return f"verified {args.directory}"
+
+
 #: {command: (what runs it, required options, optional ones)}.
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...], tuple[str, ...]]] = {
     "import": (run_import, ("hf-model", "megatron-path"), ()),
@@ -95,6 +108,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...], 
     "export-adapter": (run_export_adapter, ("megatron-path", "hf-path"), ("hf-model",)),
     "import-adapter": (run_import_adapter, ("adapter", "megatron-path"), ("base", "fuse-projections")),
     "roundtrip": (run_roundtrip, ("hf-model",), ("megatron-path", "hf-path", "max-shard-bytes")),
+    "verify": (run_verify, (), ()),
 }
 OPTIONS: dict[str, dict] = {
     "hf-model": {"type": Path, "metavar": "DIR", "help": "the Hugging Face model to read"},
@@ -116,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = subparsers.add_parser(command, help=run.__doc__, description=run.__doc__)
         for option in (*required, *optional):
             subparser.add_argument(f"--{option}", required=option in required, **OPTIONS[option])
+        if command == "verify":
+            subparser.add_argument("directory", type=Path, help="a converted base, or the `save` directory of a run")
         subparser.set_defaults(run=run)
     return parser
 

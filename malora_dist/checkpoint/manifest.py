@@ -35,7 +35,7 @@ def write_manifest(directory: Path) -> None:
         for file, digest in digests.items()
     }
     manifest = {"format_version": FORMAT_VERSION, "files": entries, "sha256": _seal(entries)}
-    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (directory / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for file in [*files, directory / MANIFEST_FILE]:
         sync(file)
     for folder in {file.parent for file in files} | {directory}:

@@ -90,7 +90,7 @@ def check_object(source: Path | BinaryIO, name: str) -> None:
     try:
         torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported" in str(error):
+        if "GLOBAL" in str(error):
             raise CheckpointError(f"{name}: holds more than tensors and plain values; {_UNSAFE}") from error
         raise CheckpointError(f"{name}: is cut off or damaged ({_first_line(error)}); {_DAMAGED}") from error
     except Exception as error:  # as above, and torch's own RuntimeError of a broken archive

@@ -163,7 +163,7 @@ class Save(Periodic):
     def after_step(self, step: Step) -> None:
         is_due, is_last = self.is_due(step.iteration), step.iteration == self._last
         if self._writer.is_pending and (is_due or self._writer.is_written()):
-            self._try(self._finish, is_last)
+            self._try(self._finish, is_last=False)  # if this is the last step, its own checkpoint follows
         if is_due:
             self._try(lambda: self._writer.begin(self._trained, {}), is_last)
             if self._writer.is_pending and (is_last or not self._config.async_save):

@@ -105,6 +105,7 @@ class Trainer:
             load_adapter_checkpoint(self.start.directory, self.start.info.has_optimizer, self.trained, topology)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
+        writer = self._make_writer() if config.save else None  # refuses before anything is written
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
         self.callbacks: list[Callback] = [
@@ -113,8 +114,8 @@ class Trainer:
         ]
         if config.eval_iters:
             self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
-        if config.save:
-            self.callbacks.append(Save(config, self.logger, self._make_writer(), self.trained))
+        if writer:
+            self.callbacks.append(Save(config, self.logger, writer, self.trained))
 
     def _make_writer(self) -> CheckpointWriter:
         """What writes this run's checkpoints; `save` is made ready for them."""

@@ -1,0 +1,210 @@
+"""Checkpoints that are damaged, replaced, removed, or cannot be written: what a run makes of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from malora_dist.checkpoint.convert import export_hf, read_adapter_weights
+from malora_dist.checkpoint.inspection import inspect
+from malora_dist.errors import CheckpointError
+from tests.jobs_checkpoints import Ended
+from tests.test_parity import overrides
+from tests.workers import WorkerPool
+
+EP_2 = ["expert_model_parallel_size=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The `save` of a run on two ranks, with checkpoints of iterations 1, 2 and 3."""
+    save = tmp_path_factory.mktemp("checkpoints") / "save"
+    run(workers, 2, *settings(base_dir, task_files, save, "save_interval=1", "train_iters=3"))
+    return save
+
+
+def settings(base: Path, task_files: list[Path], save: Path, *more: str) -> list[str]:
+    return [*overrides(base, task_files, *EP_2, "eval_iters=0"), f"save={save}", *more]
+
+
+def run(workers: WorkerPool, processes: int, *arguments: str) -> Ended:
+    """The first rank's end, all ranks having ended alike."""
+    ends = workers.run("jobs_errors:train_main", processes, arguments=list(arguments))
+    assert len({end.code for end in ends}) == 1, ends
+    return ends[0]
+
+
+def names(save: Path) -> list[str]:
+    return sorted(entry.name for entry in save.glob("*iter*") if entry.is_dir())
+
+
+def flip(file: Path, position: int = -3) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    """In the tensors of one rank and in the small files; the run goes on from the newest sound one and says so."""
+    save = shutil.copytree(finished, tmp_path / "save")
+    flip(save / "iter_0000003" / "__1_0.distcp")
+    flip(save / "iter_0000002" / "adapter.json")
+    ended = run(workers, 2, *settings(base_dir, task_files, save, f"load={save}", "train_iters=4"))
+    assert ended.code == 0, ended.stderr
+    assert "__1_0.distcp: is damaged" in ended.stdout
+    assert "iter_0000002/adapter.json: is damaged" in ended.stdout
+    assert f"loaded {save}/iter_0000001, going on at iteration 1" in ended.stdout
+    told: list[str] = []
+    flip(save / "iter_0000004" / "common.pt")
+    assert read_adapter_weights(save, told.append).iteration == 1
+    assert len(told) == 3
+    findings = {finding.directory.name: finding.fault for finding in inspect(save)}
+    assert [name for name, fault in findings.items() if not fault] == ["iter_0000001"]
+
+
+def test_nothing_sound_is_an_error(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    """Also with resume=auto, which does not begin anew over what is there."""
+    save = shutil.copytree(finished, tmp_path / "save")
+    for directory in save.glob("iter_*"):
+        (directory / "common.pt").write_bytes(b"")
+    ended = run(workers, 2, *settings(base_dir, task_files, save, "resume=auto"))
+    assert ended.code == 2
+    assert "iter_0000003/common.pt: is cut off or damaged, has 0 bytes" in ended.stderr
+    assert "(and 2 older ones are damaged too)" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "file", ["iter_0000000/__3_0.distcp", "hf/tokenizer.json", "hf/config.json", "malora_base.json"]
+)
+def test_a_damaged_base_is_named(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path, file: str
+) -> None:
+    """Before training, and before an export."""
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    flip(base / file)
+    ended = run(workers, 2, *settings(base, task_files, tmp_path / "save"))
+    assert ended.code == 2
+    assert f"{base / file}: is damaged" in ended.stderr
+    with pytest.raises(CheckpointError, match=f"{file}: is damaged"):
+        export_hf(base, tmp_path / "export")
+    (finding,) = inspect(base)
+    assert f"{file}: is damaged" in finding.fault
+
+
+def test_another_runs_checkpoints_are_not_overwritten(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    save = shutil.copytree(finished, tmp_path / "save")
+    anew = settings(base_dir, task_files, save, "train_iters=1")
+    ended = run(workers, 2, *anew)
+    assert ended.code == 2
+    assert "holds checkpoints of another run, the newest iter_0000003" in ended.stderr
+    assert names(save) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    assert run(workers, 2, *anew, "overwrite=true").code == 0
+    assert names(save) == ["iter_0000001"]
+
+
+def test_resume_auto_begins_and_goes_on(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    """One command for a run and for its restarts; what is kept besides is what `keep_last` says."""
+    save = tmp_path / "save"
+    command = settings(base_dir, task_files, save, "resume=auto", "save_interval=1", "train_iters=3", "keep_last=2")
+    for last in ("exit_interval=2", "exit_interval=3"):
+        assert run(workers, 2, *command, last).code == 0
+    assert names(save) == ["iter_0000002", "iter_0000003"]
+    undisturbed, interrupted = (read_adapter_weights(directory).tensors for directory in (finished, save))
+    for key, tensor in undisturbed.items():
+        assert torch.equal(tensor, interrupted[key]), key
+
+
+def test_async_save_writes_the_same(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    """Although training went on meanwhile; and a run that stops at once has its last checkpoint."""
+    save = tmp_path / "save"
+    command = settings(base_dir, task_files, save, "save_interval=1", "train_iters=3", "async_save=true")
+    assert run(workers, 2, *command).code == 0
+    assert names(save) == names(finished)
+    for name in names(save):
+        synchronous, asynchronous = (read_adapter_weights(d / name).tensors for d in (finished, save))
+        for key, tensor in synchronous.items():
+            assert torch.equal(tensor, asynchronous[key]), (name, key)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("fault", "rank"), [("full", 0), ("full", 1), ("vanished", 0)])
+def test_a_disk_that_fails(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path, fault: str, rank: int, is_async: bool
+) -> None:
+    """One line on every rank and exit code 2, or on to the next checkpoint; those before are sound."""
+    save = tmp_path / "save"
+    command = settings(
+        base_dir,
+        task_files,
+        save,
+        "save_interval=1",
+        "train_iters=3",
+        f"async_save={is_async}",
+        f"tensorboard_dir={tmp_path}",
+    )
+    disk = {"fault": fault, "save": str(save), "at": 2, "rank": rank}
+    ends = workers.run("jobs_checkpoints:train_on_a_bad_disk", 2, arguments=command, **disk)
+    assert [end.code for end in ends] == [2, 2], ends
+    assert f"save='{save}': cannot be written" in ends[0].stderr
+    assert names(save) == ([] if fault == "vanished" else ["iter_0000001"])
+    assert all(not finding.fault for finding in (inspect(save) if fault == "full" else ()))
+    if fault == "vanished":
+        return
+    ends = workers.run(
+        "jobs_checkpoints:train_on_a_bad_disk",
+        2,
+        arguments=[*command, "on_save_error=continue", "overwrite=true"],
+        **disk,
+    )
+    assert [end.code for end in ends] == [0, 0], ends
+    assert names(save) == ["iter_0000001", "iter_0000003"]
+    assert all(not finding.fault for finding in inspect(save))
+
+
+def test_a_save_that_cannot_be_is_refused_before_the_first_step(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    ended = run(workers, 2, *settings(base_dir, task_files, tmp_path / "file" / "save"))
+    assert ended.code == 2
+    assert "cannot be written (Not a directory)" in ended.stderr
+
+
+def test_differences_are_listed_and_changed_data_is_refused(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    files = [Path(shutil.copy(file, tmp_path)) for file in task_files]
+    resume = [f"load={finished}", "train_iters=4"]
+    ended = run(workers, 2, *settings(base_dir, files, tmp_path / "a", *resume, "lr=0.5", "clip_grad=2"))
+    assert ended.code == 0, ended.stderr
+    assert "not as in the checkpoint: lr: 0.01 -> 0.5" in ended.stdout
+    assert "clip_grad: 1.0 -> 2.0" in ended.stdout
+    assert "weight_decay" not in ended.stdout.partition("loaded")[0].partition("not as in")[2]
+    seed = run(workers, 2, *settings(base_dir, files, tmp_path / "b", *resume, "seed=77"))
+    assert seed.code == 2
+    assert "allow_changed_data=False: which samples of task" in seed.stderr
+    assert "seed: 1234 -> 77" in seed.stderr
+    lines = files[0].read_text().splitlines(keepends=True)
+    files[0].write_text("".join([*lines[1:], lines[0]]))
+    changed = run(workers, 2, *settings(base_dir, files, tmp_path / "c", *resume))
+    assert changed.code == 2
+    assert f"the content of {files[0]} (task {files[0].stem}) has changed" in changed.stderr
+    accepted = run(workers, 2, *settings(base_dir, files, tmp_path / "d", *resume, "allow_changed_data=true"))
+    assert accepted.code == 0, accepted.stderr
+    renamed = run(workers, 2, *settings(base_dir, files, tmp_path / "e", *resume, "data[0].name=other"))
+    assert "the tasks are no longer" in renamed.stderr
