@@ -141,6 +141,19 @@ def test_async_save_writes_the_same(
             assert torch.equal(tensor, asynchronous[key]), (name, key)
 
 
+def test_a_checkpoint_without_its_manifest_is_not_whole(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    save = shutil.copytree(finished, tmp_path / "save")
+    (save / "iter_0000003" / "manifest.json").unlink()
+    (save / "latest_checkpointed_iteration.txt").write_text("")
+    ended = run(workers, 2, *settings(base_dir, task_files, save, "resume=auto", "train_iters=3"))
+    assert "passed over: " in ended.stdout
+    assert "iter_0000003: is half-written, manifest.json is missing" in ended.stdout
+    assert "holds '', must be the number of an iteration" in ended.stdout
+    assert "going on at iteration 2" in ended.stdout
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(("fault", "rank"), [("full", 0), ("full", 1), ("vanished", 0)])
 def test_a_disk_that_fails(

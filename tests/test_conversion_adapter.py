@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from malora_dist.checkpoint.base import checkpoint_dir, read_base_info
 from malora_dist.checkpoint.convert import import_hf, read_adapter_weights
-from malora_dist.checkpoint.torch_dist import TensorChunk, TorchDistReader, write_torch_dist
+from malora_dist.checkpoint.torch_dist import TensorChunk, TorchDistReader, write_megatron_files, write_torch_dist
 from malora_dist.errors import CheckpointError
 from malora_dist.hf.export import write_peft_adapter
 from malora_dist.hf.keys import TensorKey
@@ -76,6 +76,7 @@ def make_adapter_checkpoint(save: Path, spec: AdapterSpec, base: Path) -> dict[T
             )
     moment = TensorChunk("optimizer.state.exp_avg.decoder.x", torch.float32, (3,), (0,), (3,), lambda: torch.ones(3))
     write_torch_dist(save / "iter_0000100", [*chunks, moment])
+    write_megatron_files(save / "iter_0000100")
     info = read_base_info(base)
     text = {
         "format_version": 2,
@@ -188,7 +189,7 @@ def test_export_import_export_is_exact(
     assert json.loads((directory / "adapter.json").read_text())["has_optimizer"] is False
     assert TorchDistReader(directory).tensors.keys() == stored_keys(spec).keys()
     others = {p.name for p in directory.iterdir() if p.suffix != ".distcp"}
-    assert others == {".metadata", "adapter.json", "common.pt", "metadata.json"}
+    assert others == {".metadata", "adapter.json", "common.pt", "manifest.json", "metadata.json"}
 
 
 def stock_lora(llama: Path, directory: Path, **fields: Any) -> Path:
@@ -266,13 +267,14 @@ def test_import_takes_only_the_base_of_the_adapter(
 def test_other_parameters_may_be_frozen_from_an_import_on(
     tmp_path: Path, exported: Path, base_dir: Path, run_tool: Callable[..., None]
 ) -> None:
-    from malora_dist.checkpoint.adapter import check_adapter_matches
+    from malora_dist.checkpoint.adapter import check_adapter_matches, check_whole
 
     run_tool("import-adapter", "--adapter", exported, "--megatron-path", tmp_path / "imported")
     frozen, base = spec_of(freeze=["S"]), read_base_info(base_dir)
-    check_adapter_matches(checkpoint_dir(tmp_path / "imported"), frozen, base)
+    imported, trained = (checkpoint_dir(tmp_path / name) for name in ("imported", "save"))
+    check_adapter_matches(imported, check_whole(imported), frozen, base)
     with pytest.raises(CheckpointError, match=r"has freeze=\[\], the config says \['S'\]; set it to the checkpoint's"):
-        check_adapter_matches(checkpoint_dir(tmp_path / "save"), frozen, base)
+        check_adapter_matches(trained, check_whole(trained), frozen, base)
 
 
 def test_fusing_needs_equal_copies(tmp_path: Path, exported: Path, run_tool: Callable[..., None]) -> None:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
 from malora_dist.checkpoint.torch_dist import TorchDistReader
+from malora_dist.config import Config
 from malora_dist.errors import CheckpointError, ConfigError
 from malora_dist.layers.adapted_linear import is_adapter_key
 from malora_dist.layers.decoder import CausalModel
@@ -74,6 +75,12 @@ class Trained:
     consumed_samples: int = 0
 
 
+def describe_run(config: Config, base: BaseInfo, num_layers: int, data: Mapping[str, str]) -> AdapterInfo:
+    """What all checkpoints of a run say in `adapter.json`, before its first step."""
+    spec = AdapterSpec(**config.adapter_fields())
+    return AdapterInfo(spec, base.fingerprint, base.hf_model_name_or_path, 0, num_layers, data=data)
+
+
 def read_adapter_info(directory: Path) -> AdapterInfo:
     """Read `adapter.json` of one `iter_*` directory.
 
@@ -109,6 +116,8 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
             metrics=raw.get("metrics", {}),
             format_version=version,
         )
+    except CheckpointError:
+        raise
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

@@ -21,7 +21,9 @@ BEST_FILE = "best_checkpointed_iteration.txt"
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 #: States of what is not a checkpoint (any more): being written, displaced by another of its iteration, being removed.
-_PARTIAL, _DISPLACED, _REMOVED = "partial", "displaced", "removed"
+_PARTIAL = "partial"
+_DISPLACED = "displaced"
+_REMOVED = "removed"
 
 
 def iterations(save: Path) -> list[int]:

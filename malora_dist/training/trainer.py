@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from malora_dist.checkpoint.adapter import (
-    AdapterInfo,
     Trained,
     check_adapter_matches,
+    describe_run,
     load_adapter_checkpoint,
     load_base_weights,
 )
@@ -36,7 +36,6 @@ from malora_dist.layers.adapted_linear import start_from_base
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
-from malora_dist.methods.spec import AdapterSpec
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.routing import reduce_statistics, report_routing
@@ -119,18 +118,10 @@ class Trainer:
 
     def _make_writer(self) -> CheckpointWriter:
         """What writes this run's checkpoints; `save` is made ready for them."""
-        config, base = self.config, self.base
-        origin = AdapterInfo(
-            AdapterSpec(**config.adapter_fields()),
-            base.fingerprint,
-            base.hf_model_name_or_path,
-            iteration=0,
-            num_layers=self.hf.num_hidden_layers,
-            data=self.batches.fingerprints,
-        )
-        writer = CheckpointWriter(config, origin, self.topology)
-        goes_on_there = self.start is not None and self.start.directory.resolve().parent == Path(config.save).resolve()
-        writer.prepare(goes_on_there)
+        layers, data = self.hf.num_hidden_layers, self.batches.fingerprints
+        writer = CheckpointWriter(self.config, describe_run(self.config, self.base, layers, data), self.topology)
+        save = Path(self.config.save).resolve()
+        writer.prepare(goes_on_here=self.start is not None and self.start.directory.resolve().parent == save)
         return writer
 
     def train(self) -> None:
