@@ -51,6 +51,7 @@ from malora_dist.training.optimizer import (
     set_hyperparameters,
     step_if_finite,
 )
+from malora_dist.training.parameters import check_finite
 
 
 class Trainer:
@@ -94,6 +95,7 @@ class Trainer:
         self.trained = Trained(model, optimizer)
         if self.start:
             load_adapter_checkpoint(self.start, self.trained, topology)
+        check_finite(model, base_path, self.start)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         self.traffic = TrafficCounter(topology)
