@@ -170,6 +170,13 @@ class TrainConfig:
         minimum=0,
         cure="set 0 to go on whatever happens",
     )
+    check_replicas_interval: int = key(
+        100,
+        "steps between checks that what ranks hold in common is equal on them bit by bit; it is checked before every "
+        "save, too; 0: never",
+        minimum=0,
+        cure=_OFF_AT_0,
+    )
     seed: int = key(1234, "seeds start values, data order and dropout", minimum=0, cure="1234 is as good as any")
     eval_interval: int = key(
         100, "steps between evaluations; 0: only at the end", minimum=0, cure="set 0 for the end only"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from malora_dist.errors import TrainingError
 from malora_dist.parallel import topology as layout
 from tests.jobs import _trainer
 
@@ -16,5 +19,32 @@ def save_with_nan(overrides: list[str], name: str, rank: int) -> None:
         if trainer.topology.rank == rank:
             globally_named(trainer.trained.model)[name].data.view(-1)[3] = float("nan")
         trainer.save()
+    finally:
+        layout.destroy()
+
+
+def replicas_after_flips(overrides: list[str], flips: list[tuple[int, str, int]]) -> list[str]:
+    """After two steps, what a save says when one bit is flipped, for each (rank, parameter, bit); "" if it saves."""
+    from malora_dist.training.parameters import globally_named
+
+    trainer = _trainer(overrides)
+    said = []
+    try:
+        for _ in range(2):
+            trainer.train_step()
+        trainer.replicas.check(trainer.trained.iteration)
+        for rank, name, bit in flips:
+            trainer.trained.iteration += 1
+            if trainer.topology.rank == rank:
+                bits = globally_named(trainer.trained.model)[name].data.view(-1).view(torch.int32)
+                bits[-1] ^= torch.tensor(1 << bit, dtype=torch.int64).int()
+            try:
+                trainer.save()
+                said.append("")
+            except TrainingError as error:
+                said.append(str(error))
+            if trainer.topology.rank == rank:
+                bits[-1] ^= torch.tensor(1 << bit, dtype=torch.int64).int()
+        return said
     finally:
         layout.destroy()

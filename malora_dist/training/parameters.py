@@ -20,10 +20,11 @@ def globally_named(model: Sequence[CausalModel]) -> dict[str, torch.nn.Parameter
     """The parameters of a rank's chunks; layers are counted from 0 in the whole model, not in their chunk."""
     named = {}
     for chunk in model:
-        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]  # megatron counts from 1
         for name, parameter in chunk.named_parameters():
-            whole = _LAYER.sub(lambda match, n=numbers: f"decoder.layers.{n[int(match[1])]}.", name)
-            named[whole] = parameter
+            if match := _LAYER.match(name):
+                number = chunk.decoder.layers[int(match[1])].layer_number - 1  # megatron counts from 1
+                name = f"decoder.layers.{number}.{name[match.end() :]}"
+            named[name] = parameter
     return named
 
 

@@ -52,6 +52,7 @@ from malora_dist.training.optimizer import (
     step_if_finite,
 )
 from malora_dist.training.parameters import check_finite
+from malora_dist.training.replicas import CheckReplicas
 
 
 class Trainer:
@@ -100,9 +101,11 @@ class Trainer:
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
+        self.replicas = CheckReplicas(config, model, topology)
         self.callbacks: list[Callback] = [
             Log(config, self.logger, self.recorded),
             StopIfNotFinite(config, self.logger, self._last_sources),
+            self.replicas,
         ]
         if config.eval_iters:
             self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
@@ -182,7 +185,8 @@ class Trainer:
         return mean_losses(sums, self.batches.task_names, self.topology)
 
     def save(self) -> Path:
-        """Write a checkpoint of this iteration; its directory."""
+        """Write a checkpoint of this iteration, unless replicas have diverged; its directory."""
+        self.replicas.check(self.trained.iteration)
         return save_adapter_checkpoint(
             Path(self.config.save), self.trained, self.config, self.base, self.hf.num_hidden_layers, self.topology
         )
