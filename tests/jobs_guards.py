@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from malora_dist.config import Config
 from malora_dist.errors import TrainingError
 from malora_dist.parallel import topology as layout
 from tests.jobs import _trainer
@@ -46,5 +47,30 @@ def replicas_after_flips(overrides: list[str], flips: list[tuple[int, str, int]]
             if trainer.topology.rank == rank:
                 bits[-1] ^= torch.tensor(1 << bit, dtype=torch.int64).int()
         return said
+    finally:
+        layout.destroy()
+
+
+def evaluate_around(overrides: list[str], steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What evaluations find before and after so many steps."""
+    trainer = _trainer(overrides)
+    try:
+        before = trainer.evaluate().scalars
+        for _ in range(steps):
+            trainer.train_step()
+        return before, trainer.evaluate().scalars
+    finally:
+        layout.destroy()
+
+
+def predictions(logits: torch.Tensor) -> list[int]:
+    """The most probable tokens, of logits [L, V] whose columns are shared out over TP ranks."""
+    from malora_dist.layers.decoder import most_probable
+
+    size = layout.world_size_from_env()
+    config = Config(device="cpu", tensor_model_parallel_size=size, sequence_parallel=size > 1)
+    topology = layout.initialize(config)
+    try:
+        return most_probable(logits.chunk(size, dim=-1)[topology.tp_rank], topology).tolist()
     finally:
         layout.destroy()

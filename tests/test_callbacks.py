@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from malora_dist.config import Config
 from malora_dist.errors import TrainingError
 from malora_dist.metrics.loggers.base import Metrics
-from malora_dist.training.callbacks import Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
-from malora_dist.training.evaluation import TaskLosses
+from malora_dist.training.best import Best
+from malora_dist.training.callbacks import Ending, Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
+from malora_dist.training.evaluation import TaskMeans, Validation
 
 
 class Noting:
@@ -31,7 +33,7 @@ class Noting:
 
 
 def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
-    losses = TaskLosses({"add": float(iteration)}, float(iteration))
+    losses = TaskMeans({"add": float(iteration)}, float(iteration))
     return Step(iteration, losses, grad_norm=2.0, learning_rate=1e-3, tokens=tokens, seconds=seconds)
 
 
@@ -39,7 +41,7 @@ def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
     ("interval", "last", "due"), [(2, 5, [2, 4, 5]), (0, 5, [5]), (1, 3, [1, 2, 3]), (9, 4, [4]), (2, 4, [2, 4])]
 )
 def test_when_something_is_due(interval: int, last: int, due: list[int]) -> None:
-    periodic = Periodic(interval, last)
+    periodic = Periodic(interval, Ending(last))
     assert [i for i in range(1, last + 1) if periodic.is_due(i)] == due
 
 
@@ -69,7 +71,9 @@ def test_a_run_of_steps_without_finite_gradients_ends_it() -> None:
 def test_log() -> None:
     """Times are means since the last report, losses and norm the step's own; a step to report is recorded."""
     logger = Noting()
-    log = Log(Config(log_interval=2, train_iters=3), logger, lambda: Metrics({"malora/balance": 1.0}, {"c": [1.0]}))
+    log = Log(
+        Config(log_interval=2, train_iters=3), logger, lambda: Metrics({"malora/balance": 1.0}, {"c": [1.0]}), Ending(3)
+    )
     for i, (tokens, seconds) in enumerate([(100, 0.5), (300, 1.5), (80, 0.1)], start=1):
         assert log.wants_record(i) == (i > 1)
         log.after_step(step(i, tokens, seconds))
@@ -88,14 +92,24 @@ def test_log() -> None:
 
 def test_evaluate() -> None:
     logger, config = Noting(), Config(eval_interval=2, train_iters=3)
-    evaluate = Evaluate(config, logger, lambda: TaskLosses({"add": 1.0, "sub": 3.0}, 2.5))
+    found = Validation(TaskMeans({"add": 1.0, "sub": 3.0}, 2.5), TaskMeans({"add": 0.5, "sub": 0.1}, 0.2))
+    best, ending = Best("accuracy validation/add"), Ending(3)
+    evaluate = Evaluate(config, logger, lambda: found, best, ending)
     for i in (1, 2, 3):
         assert not evaluate.wants_record(i)
         evaluate.after_step(step(i))
-    expected = Metrics({"lm loss validation": 2.5, "lm loss validation/add": 1.0, "lm loss validation/sub": 3.0})
+    expected = Metrics(
+        {
+            "lm loss validation": 2.5, "lm loss validation/add": 1.0, "lm loss validation/sub": 3.0,
+            "accuracy validation": 0.2, "accuracy validation/add": 0.5, "accuracy validation/sub": 0.1,
+        }
+    )  # fmt: skip
     assert logger.logged == [(2, expected), (3, expected)]
-    Evaluate(config, logger, lambda: TaskLosses({}, float("nan"))).after_step(step(2))
+    assert (best.value, best.iteration, best.last_iteration, ending.reason) == (0.5, 2, 3, "")
+    nothing = TaskMeans({}, float("nan"))
+    Evaluate(config, logger, lambda: Validation(nothing, nothing), best, ending).after_step(step(2))
     assert len(logger.logged) == 2, "nothing to report without a validation split"
+    assert best.last_iteration == 3
 
 
 def test_save() -> None:
@@ -105,7 +119,69 @@ def test_save() -> None:
         saved.append(len(saved))
         return Path(f"run/{len(saved)}")
 
-    callback = Save(Config(save_interval=2, train_iters=3), logger, save)
+    callback = Save(Config(save_interval=2, train_iters=3), logger, save, Ending(3))
     for i in (1, 2, 3):
         callback.after_step(step(i))
     assert logger.messages == ["saved run/1", "saved run/2"]
+
+
+def evaluations(losses: list[float], patience: int, threshold: float = 0.0, best: Best | None = None) -> list[str]:
+    """What a run says that evaluates and saves: one evaluation a step, with these losses."""
+    config = Config(
+        train_iters=9, eval_interval=1, early_stopping_patience=patience, early_stopping_threshold=threshold,
+    )  # fmt: skip
+    logger, ending, coming = Noting(), Ending(config.last_iteration), iter(losses)
+
+    def evaluate() -> Validation:
+        return Validation(TaskMeans({"add": 0.0}, next(coming)), TaskMeans({"add": 0.0}, 0.0))
+
+    callbacks = [
+        Evaluate(config, logger, evaluate, best or Best("lm loss validation"), ending),
+        Save(config, logger, lambda: Path("run"), ending),
+    ]
+    for callback in callbacks:
+        callback.before_first_step(0)
+    iteration = 0
+    while iteration < min(ending.last_iteration, len(losses)):
+        iteration += 1
+        for callback in callbacks:
+            callback.after_step(step(iteration))
+    return [*logger.messages, f"{iteration}: {ending.reason}"]
+
+
+def test_early_stopping() -> None:
+    """The run ends after so many evaluations in a row without an improvement, and saves what it has."""
+    why = "2 evaluations in a row have not improved lm loss validation (early_stopping_patience=2)"
+    assert evaluations([3.0, 2.0, 2.5, 2.0, 1.0], patience=2) == ["saved run", f"4: {why}"]
+    assert evaluations([3.0, 2.0, 2.5, 1.9, 2.5, 1.8], patience=2) == ["6: "], "one better in between counts anew"
+    assert evaluations([3.0, 2.0, 2.5, 2.0, 3.0], patience=0) == ["5: "]
+    assert evaluations([3.0, 2.8, 2.6, 1.0], patience=2, threshold=0.3)[-1] == f"3: {why}", "too little counts as none"
+    assert evaluations([3.0, math.nan, math.nan, 1.0], patience=2)[-1] == f"3: {why}"
+    assert evaluations([math.nan, 3.0, 2.0], patience=2) == ["3: "]
+
+
+def test_patience_survives_a_resume() -> None:
+    best = Best("lm loss validation")
+    evaluations([3.0, 2.0, 2.5], patience=2, best=best)
+    resumed = Best("lm loss validation")
+    resumed.load_state_dict(json.loads(json.dumps(best.state_dict())))
+    assert resumed == best
+    assert evaluations([2.2, 1.0], patience=2, best=resumed)[0] == "saved run"
+    assert (resumed.value, resumed.iteration, resumed.without_improvement) == (2.0, 2, 2)
+    assert evaluations([1.0], patience=2, best=resumed)[0].startswith("0: 2 evaluations"), "a run that ended stays so"
+    other = Best("accuracy validation")
+    other.load_state_dict(best.state_dict())
+    assert other == Best("accuracy validation"), "losses say nothing about accuracies"
+
+
+def test_best() -> None:
+    best = Best("accuracy validation/add")
+    assert [best.update(value, i) for i, value in enumerate([0.1, 0.3, 0.3, math.nan, 0.2, 0.4])] == [
+        True, True, False, False, False, True,
+    ]  # fmt: skip
+    assert (best.value, best.iteration, best.last_value, best.last_iteration) == (0.4, 5, 0.4, 5)
+    assert best.is_best(5)
+    assert not best.is_best(6), "no evaluation since"
+    assert best.describe() == "best accuracy validation/add: 0.4 at iteration 5"
+    best.update(0.41, 7, threshold=0.1)
+    assert (best.value, best.without_improvement) == (0.41, 1), "the best, and no improvement"

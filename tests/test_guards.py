@@ -73,3 +73,23 @@ def test_an_adapter_that_is_not_finite(
         bad = tmp_path / "bad" / "iter_0000001"
         line = f"{bad}: {name} holds values that are not finite (NaN or infinity); go on from an earlier checkpoint"
         check_refused(ended, line, save, rank)
+
+
+def test_early_stopping_saves_what_it_has(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    """No second evaluation can be better by so much."""
+    arguments = run_arguments(
+        base_dir, task_files[0], tmp_path, "pipeline_model_parallel_size=2", "eval_iters=1", "eval_interval=2",
+        "train_iters=9", "early_stopping_patience=1", "early_stopping_threshold=100",
+        "early_stopping_metric=lm loss validation/reverse",
+    )  # fmt: skip
+    first, last = train(workers, 2, arguments)
+    assert (first.code, first.stderr, last.code, last.stderr) == (0, "", 0, "")
+    said = last.stdout.splitlines()
+    assert said[-2] == (
+        "ends after iteration 4: 1 evaluations in a row have not improved lm loss validation/reverse "
+        "(early_stopping_patience=1)"
+    )
+    assert re.fullmatch(r"best lm loss validation/reverse: \d\.\d+ at iteration [24]", said[-1]), said[-1]
+    assert saved(tmp_path) == ["iter_0000004"]

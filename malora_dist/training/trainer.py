@@ -24,7 +24,7 @@ from malora_dist.checkpoint.adapter import (
     save_adapter_checkpoint,
 )
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
-from malora_dist.config import Config
+from malora_dist.config import Config, check_evaluated
 from malora_dist.data.batches import Microbatch
 from malora_dist.errors import CheckpointError
 from malora_dist.exchange.plan import plan_exchanges
@@ -42,8 +42,9 @@ from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
-from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step, StopIfNotFinite
-from malora_dist.training.evaluation import TaskLosses, mean_losses
+from malora_dist.training.best import Best
+from malora_dist.training.callbacks import Callback, Ending, Evaluate, Log, Save, Step, StopIfNotFinite
+from malora_dist.training.evaluation import Validation, task_means
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import (
     make_optimizer,
@@ -76,6 +77,7 @@ class Trainer:
             config, _load_tokenizer(hf_dir(base_path)), topology, topology.pp_size if is_interleaved else 1
         )
 
+        check_evaluated(config, self.batches.evaluated_tasks)
         self.context = RoutingContext(num_tasks=len(config.data))
         sites = adapter_sites(self.hf, config, topology)
         self.plan = plan_exchanges(config, sites, topology.ep_group, topology.device)
@@ -102,26 +104,33 @@ class Trainer:
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
         self.replicas = CheckReplicas(config, model, topology)
+        self.best, self.ending = Best(config.early_stopping_metric), Ending(config.last_iteration)
         self.callbacks: list[Callback] = [
-            Log(config, self.logger, self.recorded),
+            Log(config, self.logger, self.recorded, self.ending),
             StopIfNotFinite(config, self.logger, self._last_sources),
             self.replicas,
         ]
         if config.eval_iters:
-            self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
+            self.callbacks.append(Evaluate(config, self.logger, self.evaluate, self.best, self.ending))
         if config.save:
-            self.callbacks.append(Save(config, self.logger, self.save))
+            self.callbacks.append(Save(config, self.logger, self.save, self.ending))
 
     def train(self) -> None:
-        """Train to the config's last iteration; the callbacks do what is due between the steps."""
+        """Train to the last iteration; the callbacks do what is due between the steps, and may end it sooner."""
         with contextlib.closing(self.logger):
+            for callback in self.callbacks:
+                callback.before_first_step(self.trained.iteration)
             for text in self._introduction():
                 self.logger.message(text)
-            while self.trained.iteration < self.config.last_iteration:
+            while self.trained.iteration < self.ending.last_iteration:
                 record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
                 step = self.train_step(record)
                 for callback in self.callbacks:
                     callback.after_step(step)
+            if self.ending.reason:
+                self.logger.message(f"ends after iteration {self.trained.iteration}: {self.ending.reason}")
+            if self.best.value is not None:
+                self.logger.message(self.best.describe())
 
     def train_step(self, record: bool = False) -> Step:
         """One optimizer step.
@@ -155,9 +164,10 @@ class Trainer:
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
+        (losses,) = task_means(sums, 1, self.batches.task_names, self.topology)  # waits for the device
         return Step(
             iteration=trained.iteration,
-            losses=mean_losses(sums, self.batches.task_names, self.topology),  # waits for the device
+            losses=losses,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=counts.tokens,
@@ -172,8 +182,8 @@ class Trainer:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self) -> TaskLosses:
-        """Mean answer loss of each task's validation split; tasks without one are left out."""
+    def evaluate(self) -> Validation:
+        """Mean answer loss and accuracy of each task's validation split; tasks without one are left out."""
         for chunk in self.ddp:
             chunk.eval()
         sums: list[Tensor] = []
@@ -182,7 +192,7 @@ class Trainer:
                 self.plan.begin_step()
             sums.extend(self._run(microbatches, forward_only=True))
         self.plan.end_step(with_gradients=False)
-        return mean_losses(sums, self.batches.task_names, self.topology)
+        return Validation(*task_means(sums, 2, self.batches.task_names, self.topology))
 
     def save(self) -> Path:
         """Write a checkpoint of this iteration, unless replicas have diverged; its directory."""
