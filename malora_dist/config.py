@@ -7,12 +7,16 @@ of docs/config.md, which is generated from them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from malora_dist.errors import ConfigError
 from malora_dist.fields import check_fields, key
 from malora_dist.methods.spec import AdapterSpec
+
+#: What an evaluation measures, and whether more of it is better; of one task with ``/TASK`` behind it.
+VALIDATION_METRICS = {"lm loss validation": False, "accuracy validation": True}
 
 _OFF_AT_0 = "set 0 to switch it off"
 _OFF_AT_1 = "set 1 to switch it off"
@@ -170,6 +174,13 @@ class TrainConfig:
         minimum=0,
         cure="set 0 to go on whatever happens",
     )
+    check_replicas_interval: int = key(
+        100,
+        "steps between checks that what ranks hold in common is equal on them bit by bit; it is checked before every "
+        "save, too; 0: never",
+        minimum=0,
+        cure=_OFF_AT_0,
+    )
     seed: int = key(1234, "seeds start values, data order and dropout", minimum=0, cure="1234 is as good as any")
     eval_interval: int = key(
         100, "steps between evaluations; 0: only at the end", minimum=0, cure="set 0 for the end only"
@@ -179,6 +190,20 @@ class TrainConfig:
         "microbatches per task and evaluation, over all data-parallel ranks; 0: no evaluation",
         minimum=0,
         cure=_OFF_AT_0,
+    )
+    early_stopping_patience: int = key(
+        0,
+        "end the run after so many evaluations in a row without a better early_stopping_metric; 0: never",
+        minimum=0,
+        cure=_OFF_AT_0,
+    )
+    early_stopping_metric: str = key(
+        "lm loss validation",
+        "what makes an evaluation the best: `lm loss validation` or `accuracy validation`, means over the answer "
+        "tokens of all tasks, or that of one task: `lm loss validation/TASK`",
+    )
+    early_stopping_threshold: float = key(
+        0.0, "how much better an evaluation must be to count as an improvement", minimum=0, cure=_OFF_AT_0
     )
     log_interval: int = key(10, "steps between log lines", minimum=1)
     save: str = key("", "directory for adapter checkpoints; empty: save nothing")
@@ -190,6 +215,9 @@ class TrainConfig:
     )
     overwrite: bool = key(False, "a run that starts anew removes the checkpoints that another one has left in `save`")
     keep_last: int = key(0, "newest checkpoints that are kept; 0: all", minimum=0, cure="set 0 to keep all")
+    keep_best: bool = key(
+        False, "also save after every evaluation that is the best by early_stopping_metric, and never remove that one"
+    )
     async_save: bool = key(
         False, "write checkpoints while training goes on; a step waits only for a copy to host memory"
     )
@@ -348,4 +376,34 @@ def _check_training(c: Config) -> None:
     for name in ("save", "tensorboard_dir"):
         is_file = Path(getattr(c, name)).is_file()
         _require(not is_file, c, name, "is a file, must be a directory", "name another")
+    _check_early_stopping(c)
+    _require(not c.keep_best or c.eval_iters > 0, c, "keep_best", "needs evaluations", "set eval_iters=8")
     _require(not c.save_interval or bool(c.save), c, "save_interval", "has no effect without save", "set save=DIR")
+
+
+def _check_early_stopping(c: Config) -> None:
+    patience = c.early_stopping_patience
+    _require(not patience or c.eval_iters > 0, c, "early_stopping_patience", "needs evaluations", "set eval_iters=8")
+    kind = c.early_stopping_metric.partition("/")[0]
+    rule = f"must be one of {', '.join(VALIDATION_METRICS)}, or one of them with /TASK"
+    _require(kind in VALIDATION_METRICS, c, "early_stopping_metric", rule, "choose one of them")
+    evaluated = [task.label for task in c.data if task.validation_path or c.validation_samples]
+    check_evaluated(c, evaluated)
+
+
+def check_evaluated(c: TrainConfig, tasks: Sequence[str]) -> None:
+    """Check that what early stopping goes by is evaluated.
+
+    Args:
+        tasks: those with a validation split.
+
+    Raises:
+        ConfigError: the metric is of another task, or there is none.
+    """
+    _, slash, name = c.early_stopping_metric.partition("/")
+    if slash and name not in tasks:
+        rule = f"{name!r} is no task with a validation split; these are: {', '.join(tasks) or 'none'}"
+        raise ConfigError("early_stopping_metric", c.early_stopping_metric, rule, "name one of them, or none for all")
+    if c.early_stopping_patience and not tasks:
+        cure = "raise validation_samples or set a task's validation_path"
+        raise ConfigError("early_stopping_patience", c.early_stopping_patience, "needs a validation split", cure)

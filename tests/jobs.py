@@ -268,9 +268,9 @@ def train_end_to_end(overrides: list[str], token_ids: Tensor) -> dict[str, Any]:
     from malora_dist.layers.token_info import TokenInfo
 
     try:
-        before = trainer.evaluate().by_task
+        before = trainer.evaluate().losses.by_task
         trainer.train()
-        after = trainer.evaluate().by_task
+        after = trainer.evaluate().losses.by_task
         b, s = token_ids.shape
         for chunk in trainer.ddp:
             chunk.eval()

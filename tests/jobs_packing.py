@@ -42,6 +42,6 @@ def task_losses(overrides: list[str]) -> tuple[dict[str, float], dict[str, float
     """By task at the start of training: (of the validation splits, of the first step)."""
     trainer = _trainer(overrides)
     try:
-        return trainer.evaluate().by_task, trainer.train_step().losses.by_task
+        return trainer.evaluate().losses.by_task, trainer.train_step().losses.by_task
     finally:
         layout.destroy()

@@ -12,8 +12,9 @@ from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
 from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.metrics.loggers.base import Metrics
-from malora_dist.training.callbacks import Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
-from malora_dist.training.evaluation import TaskLosses
+from malora_dist.training.best import Best
+from malora_dist.training.callbacks import Ending, Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
+from malora_dist.training.evaluation import TaskMeans, Validation
 
 
 class Noting:
@@ -33,7 +34,7 @@ class Noting:
 
 
 def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
-    losses = TaskLosses({"add": float(iteration)}, float(iteration))
+    losses = TaskMeans({"add": float(iteration)}, float(iteration))
     return Step(iteration, losses, grad_norm=2.0, learning_rate=1e-3, tokens=tokens, seconds=seconds)
 
 
@@ -41,7 +42,7 @@ def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
     ("interval", "last", "due"), [(2, 5, [2, 4, 5]), (0, 5, [5]), (1, 3, [1, 2, 3]), (9, 4, [4]), (2, 4, [2, 4])]
 )
 def test_when_something_is_due(interval: int, last: int, due: list[int]) -> None:
-    periodic = Periodic(interval, last)
+    periodic = Periodic(interval, Ending(last))
     assert [i for i in range(1, last + 1) if periodic.is_due(i)] == due
 
 
@@ -71,7 +72,9 @@ def test_a_run_of_steps_without_finite_gradients_ends_it() -> None:
 def test_log() -> None:
     """Times are means since the last report, losses and norm the step's own; a step to report is recorded."""
     logger = Noting()
-    log = Log(Config(log_interval=2, train_iters=3), logger, lambda: Metrics({"malora/balance": 1.0}, {"c": [1.0]}))
+    log = Log(
+        Config(log_interval=2, train_iters=3), logger, lambda: Metrics({"malora/balance": 1.0}, {"c": [1.0]}), Ending(3)
+    )
     for i, (tokens, seconds) in enumerate([(100, 0.5), (300, 1.5), (80, 0.1)], start=1):
         assert log.wants_record(i) == (i > 1)
         log.after_step(step(i, tokens, seconds))
@@ -90,14 +93,24 @@ def test_log() -> None:
 
 def test_evaluate() -> None:
     logger, config = Noting(), Config(eval_interval=2, train_iters=3)
-    evaluate = Evaluate(config, logger, lambda: TaskLosses({"add": 1.0, "sub": 3.0}, 2.5))
+    found = Validation(TaskMeans({"add": 1.0, "sub": 3.0}, 2.5), TaskMeans({"add": 0.5, "sub": 0.1}, 0.2))
+    best, ending = Best("accuracy validation/add"), Ending(3)
+    evaluate = Evaluate(config, logger, lambda: found, best, ending)
     for i in (1, 2, 3):
         assert not evaluate.wants_record(i)
         evaluate.after_step(step(i))
-    expected = Metrics({"lm loss validation": 2.5, "lm loss validation/add": 1.0, "lm loss validation/sub": 3.0})
+    expected = Metrics(
+        {
+            "lm loss validation": 2.5, "lm loss validation/add": 1.0, "lm loss validation/sub": 3.0,
+            "accuracy validation": 0.2, "accuracy validation/add": 0.5, "accuracy validation/sub": 0.1,
+        }
+    )  # fmt: skip
     assert logger.logged == [(2, expected), (3, expected)]
-    Evaluate(config, logger, lambda: TaskLosses({}, float("nan"))).after_step(step(2))
+    assert (best.value, best.iteration, best.last_iteration, ending.reason) == (0.5, 2, 3, "")
+    nothing = TaskMeans({}, float("nan"))
+    Evaluate(config, logger, lambda: Validation(nothing, nothing), best, ending).after_step(step(2))
     assert len(logger.logged) == 2, "nothing to report without a validation split"
+    assert best.last_iteration == 3
 
 
 class SlowWriter:
@@ -125,13 +138,21 @@ class SlowWriter:
         return f"run/{self.begun}"
 
 
-def saves(writer: SlowWriter, steps: int, **config: Any) -> list[str]:
-    """What is told after each step, steps apart by a bar."""
-    logger = Noting()
+def saves(writer: SlowWriter, steps: int, losses: dict[int, float] | None = None, **config: Any) -> list[str]:
+    """What is told after each step.
+
+    Args:
+        losses: of evaluations, by iteration.
+    """
+    losses = losses or {}
+    logger, best, checked = Noting(), Best("lm loss validation"), list[int]()
     callback = Save(
-        Config(train_iters=steps, **config), logger, cast("CheckpointWriter", writer), cast("Trained", None)
-    )
+        Config(train_iters=steps, **config), logger, cast("CheckpointWriter", writer), cast("Trained", None), best,
+        Ending(steps), checked.append,
+    )  # fmt: skip
     for i in range(1, steps + 1):
+        if i in losses:
+            best.update(losses[i], i)
         callback.after_step(step(i))
         logger.messages.append("|")
     return "".join(logger.messages).removesuffix("|").split("|")
@@ -140,6 +161,14 @@ def saves(writer: SlowWriter, steps: int, **config: Any) -> list[str]:
 def test_save() -> None:
     assert saves(SlowWriter(), 3, save_interval=2) == ["", "saved run/1", "saved run/2"]
     assert saves(SlowWriter(), 2, save_interval=0) == ["", "saved run/1"]
+
+
+def test_the_best_is_saved() -> None:
+    """After an evaluation that is better than all before it, besides the usual ones."""
+    losses = {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0}
+    told = saves(SlowWriter(), 5, losses, save_interval=0, keep_best=True)
+    assert told == ["saved run/1", "saved run/2", "", "saved run/3", "saved run/4"]
+    assert saves(SlowWriter(), 5, losses, save_interval=0) == ["", "", "", "", "saved run/1"]
 
 
 def test_save_while_training_goes_on() -> None:

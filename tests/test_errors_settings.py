@@ -102,6 +102,23 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (1, ["distributed_timeout_minutes=0"], "distributed_timeout_minutes=0: must be at least 1; raise it"),
         (1, ["data=[]"], "data=[]: is required; add at least one task: `data: [{path: FILE}]`"),
         (1, ["lr_warmup_iters=5", "train_iters=5"], "lr_warmup_iters=5: must be below train_iters=5; lower it"),
+        (
+            1,
+            ["early_stopping_metric=loss"],
+            "early_stopping_metric='loss': must be one of lm loss validation, accuracy validation, or one of them with "
+            "/TASK; choose one of them",
+        ),
+        (
+            1,
+            ["early_stopping_metric=accuracy validation/c", "data[1].validation_path=d.jsonl", "validation_samples=0"],
+            "early_stopping_metric='accuracy validation/c': 'c' is no task with a validation split; these are: b; ...",
+        ),
+        (
+            1,
+            ["early_stopping_patience=1", "validation_samples=0"],
+            "early_stopping_patience=1: needs a validation split; raise validation_samples or set a task's ...",
+        ),
+        (1, ["early_stopping_patience=1", "eval_iters=0"], "early_stopping_patience=1: needs evaluations; set ..."),
         (1, [f"save={__file__}"], f"save={__file__!r}: is a file, must be a directory; name another"),
         (1, ["data[1].name=a"], "data[1].name='a': is already used by another task; give each task its own name"),
         (

@@ -48,7 +48,7 @@ class AdapterInfo:
     Attributes:
         has_optimizer: False: imported weights, from which a run starts anew.
         data: {file of a task: its fingerprint} of the run.
-        metrics: {tag: value} of an evaluation at this very iteration.
+        best: the best evaluation up to this iteration, see :class:`~malora_dist.training.best.Best`; empty: none.
     """
 
     spec: AdapterSpec
@@ -58,7 +58,7 @@ class AdapterInfo:
     num_layers: int
     has_optimizer: bool = True
     data: Mapping[str, str] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -113,7 +113,7 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
             num_layers=raw["num_layers"],
             has_optimizer=raw.get("has_optimizer", True),
             data=raw.get("data", {}),
-            metrics=raw.get("metrics", {}),
+            best=raw.get("best", {}),
             format_version=version,
         )
     except CheckpointError:
@@ -134,7 +134,7 @@ def write_adapter_info(directory: Path, info: AdapterInfo) -> None:
         "num_layers": info.num_layers,
         "has_optimizer": info.has_optimizer,
         "data": dict(info.data),
-        "metrics": dict(info.metrics),
+        "best": dict(info.best),
     }
     (directory / ADAPTER_FILE).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 

@@ -87,11 +87,11 @@ class CheckpointWriter:
         """Whether a checkpoint was begun and is not finished."""
         return self._pending is not None
 
-    def begin(self, trained: Trained, metrics: Mapping[str, float]) -> None:
+    def begin(self, trained: Trained, best: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; with `async_save` training may go on from here.
 
         Args:
-            metrics: {tag: value} of an evaluation at this iteration.
+            best: goes into `adapter.json`, see :class:`AdapterInfo`.
 
         Raises:
             CheckpointError: `save` cannot be written.
@@ -101,7 +101,7 @@ class CheckpointWriter:
         self._on_first_rank(lambda: run_directory.start_writing(self._save, iteration))
         with without_expected_warnings():
             sharded, common = save_preprocess(sharded_state(trained, self._topology, is_loading=False))
-        info = replace(self._origin, iteration=iteration, metrics=metrics)
+        info = replace(self._origin, iteration=iteration, best=best)
         pending = _Pending(info, copy.deepcopy(common))
         for value in nested_values(sharded):
             if not is_main_replica(value.replica_id):
@@ -165,6 +165,8 @@ class CheckpointWriter:
         save_config(self._config, directory / "config.yaml")
         write_manifest(directory)
         run_directory.publish(self._save, iteration)
+        if self._config.keep_best and pending.info.best.get("iteration") == iteration:
+            run_directory.write_best(self._save, iteration)
         run_directory.remove_old(self._save, iteration, self._config.keep_last)
 
     def _on_first_rank(self, action: Callable[[], None], fault: str = "") -> None:

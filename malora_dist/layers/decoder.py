@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import checkpoint, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -119,6 +120,8 @@ class CausalModel(GPTModel):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy of each position with a loss in float32, over the true vocabulary. [L]
 
+        In evaluation [L, 2]: with it whether the label is the most probable token, 1 or 0.
+
         Args:
             labels: [L].
             logits: [L, 1, v] or [s, b, v], this TP rank's share of the padded vocabulary; columns beyond
@@ -130,8 +133,28 @@ class CausalModel(GPTModel):
         if real < logits.shape[-1]:
             padding = torch.arange(logits.shape[-1], device=logits.device) >= real
             logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
-        losses_L: Tensor = vocab_parallel_cross_entropy(logits, labels)
-        return losses_L
+        right_L = None if self.training else most_probable(logits, self._topology) == labels.flatten()
+        losses_L: Tensor = vocab_parallel_cross_entropy(logits, labels)  # overwrites the logits
+        return losses_L if right_L is None else torch.stack((losses_L.flatten(), right_L.to(losses_L.dtype)), dim=-1)
+
+
+@torch.no_grad()
+def most_probable(logits: Tensor, topology: Topology) -> Tensor:
+    """The token with the largest logit, of equals the first, the same on every TP rank. [L]
+
+    Args:
+        logits: [L, v], this TP rank's share of the vocabulary.
+    """
+    tokens_L = logits.argmax(dim=-1)
+    if topology.tp_size == 1:
+        return tokens_L
+    best_L = logits.gather(-1, tokens_L.unsqueeze(-1)).squeeze(-1)
+    best_of_all_L = best_L.clone()
+    dist.all_reduce(best_of_all_L, dist.ReduceOp.MAX, group=topology.tp_group)
+    beyond = topology.tp_size * logits.shape[-1]
+    tokens_L = torch.where(best_L == best_of_all_L, tokens_L + topology.tp_rank * logits.shape[-1], beyond)
+    dist.all_reduce(tokens_L, dist.ReduceOp.MIN, group=topology.tp_group)
+    return tokens_L
 
 
 def _require_grad(embedded: Tensor) -> Tensor:

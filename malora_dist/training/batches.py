@@ -76,6 +76,11 @@ class BatchSource:
     def task_names(self) -> list[str]:
         return [task.name for task in self._tasks]
 
+    @property
+    def evaluated_tasks(self) -> list[str]:
+        """Those with a validation split."""
+        return [task.name for task in self._tasks if task.validation]
+
     def train(self, consumed_samples: int) -> list[Microbatch]:
         """This rank's microbatches of the optimizer step that starts after ``consumed_samples``."""
         microbatches = train_microbatches(

@@ -14,7 +14,8 @@ from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
 from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.metrics.loggers.base import Logger, Metrics
-from malora_dist.training.evaluation import TaskLosses
+from malora_dist.training.best import Best
+from malora_dist.training.evaluation import TaskMeans, Validation
 
 
 class Step(NamedTuple):
@@ -30,7 +31,7 @@ class Step(NamedTuple):
     """
 
     iteration: int
-    losses: TaskLosses
+    losses: TaskMeans
     grad_norm: float
     learning_rate: float
     tokens: int
@@ -49,19 +50,39 @@ class Callback:
         """Whether this coming step shall keep its routing and traffic."""
         return False
 
+    def before_first_step(self, iteration: int) -> None:
+        """Called when training begins or goes on after this iteration."""
+
     def after_step(self, step: Step) -> None:
         """Called when a step is done."""
+
+
+class Ending:
+    """When a run ends: after the config's last iteration, or sooner, which a callback may decide.
+
+    Attributes:
+        last_iteration: the step after which it ends.
+        reason: why it ends sooner; empty where it does not.
+    """
+
+    def __init__(self, last_iteration: int) -> None:
+        self.last_iteration, self.reason = last_iteration, ""
+
+    def end_after(self, iteration: int, reason: str) -> None:
+        """This step is the last; callbacks that follow do what is due at the last step."""
+        if iteration < self.last_iteration:
+            self.last_iteration, self.reason = iteration, reason
 
 
 class Periodic(Callback):
     """Due at every ``interval``-th step and at the last; at an interval of 0 at the last only."""
 
-    def __init__(self, interval: int, last_iteration: int) -> None:
-        self._interval, self._last = interval, last_iteration
+    def __init__(self, interval: int, ending: Ending) -> None:
+        self._interval, self._ending = interval, ending
 
     def is_due(self, iteration: int) -> bool:
         """Whether something is to be done after this step."""
-        return iteration == self._last or (self._interval > 0 and iteration % self._interval == 0)
+        return iteration == self._ending.last_iteration or (self._interval > 0 and iteration % self._interval == 0)
 
 
 class StopIfNotFinite(Callback):
@@ -106,8 +127,8 @@ class Log(Periodic):
         recorded: the figures of a recorded step's routing and traffic; a collective.
     """
 
-    def __init__(self, config: Config, logger: Logger, recorded: Callable[[], Metrics]) -> None:
-        super().__init__(config.log_interval, config.last_iteration)
+    def __init__(self, config: Config, logger: Logger, recorded: Callable[[], Metrics], ending: Ending) -> None:
+        super().__init__(config.log_interval, ending)
         self._logger, self._recorded = logger, recorded
         self._steps: list[Step] = []
 
@@ -134,38 +155,74 @@ class Log(Periodic):
 
 
 class Evaluate(Periodic):
-    """Reports the validation splits' losses every ``eval_interval`` steps.
+    """Reports losses and accuracies of the validation splits every ``eval_interval`` steps, and follows the best.
+
+    Ends a run after ``early_stopping_patience`` evaluations in a row without a better ``early_stopping_metric``.
+    Comes before Save, which may ask whether what it saves is the best.
 
     Args:
-        evaluate: computes them; a collective.
+        evaluate: computes them; a collective, with the same result on all ranks.
+        best: of the metric; what it holds of a resumed run counts.
     """
 
-    def __init__(self, config: Config, logger: Logger, evaluate: Callable[[], TaskLosses]) -> None:
-        super().__init__(config.eval_interval, config.last_iteration)
-        self._logger, self._evaluate = logger, evaluate
+    def __init__(
+        self, config: Config, logger: Logger, evaluate: Callable[[], Validation], best: Best, ending: Ending
+    ) -> None:
+        super().__init__(config.eval_interval, ending)
+        self._config, self._logger, self._evaluate, self._best = config, logger, evaluate, best
+
+    def before_first_step(self, iteration: int) -> None:
+        self._end_if_stale(iteration)
 
     def after_step(self, step: Step) -> None:
         if not self.is_due(step.iteration):
             return
-        losses = self._evaluate()
-        if losses.by_task:  # empty where no task has a validation split
-            by_task = {f"lm loss validation/{task}": loss for task, loss in losses.by_task.items()}
-            self._logger.log(Metrics({"lm loss validation": losses.overall, **by_task}), step.iteration)
+        scalars = self._evaluate().scalars
+        if not scalars:  # no task has a validation split
+            return
+        self._logger.log(Metrics(scalars), step.iteration)
+        self._best.update(scalars[self._best.metric], step.iteration, self._config.early_stopping_threshold)
+        self._end_if_stale(step.iteration)
+
+    def _end_if_stale(self, iteration: int) -> None:
+        best, patience = self._best, self._config.early_stopping_patience
+        if best.without_improvement >= patience > 0:
+            since = f"{best.without_improvement} evaluations in a row have not improved {best.metric}"
+            self._ending.end_after(iteration, f"{since} (early_stopping_patience={patience})")
 
 
 class Save(Periodic):
-    """Writes a checkpoint every ``save_interval`` steps."""
+    """Writes a checkpoint every ``save_interval`` steps and, with ``keep_best``, after every best evaluation.
 
-    def __init__(self, config: Config, logger: Logger, writer: CheckpointWriter, trained: Trained) -> None:
-        super().__init__(config.save_interval, config.last_iteration)
+    Args:
+        writer: writes them.
+        check: refuses to save what must not be; called with the iteration, on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        logger: Logger,
+        writer: CheckpointWriter,
+        trained: Trained,
+        best: Best,
+        ending: Ending,
+        check: Callable[[int], None],
+    ) -> None:
+        super().__init__(config.save_interval, ending)
         self._config, self._logger, self._writer, self._trained = config, logger, writer, trained
+        self._best, self._check = best, check
+
+    def is_due(self, iteration: int) -> bool:
+        return super().is_due(iteration) or (self._config.keep_best and self._best.is_best(iteration))
 
     def after_step(self, step: Step) -> None:
-        is_due, is_last = self.is_due(step.iteration), step.iteration == self._last
+        is_due, is_last = self.is_due(step.iteration), step.iteration == self._ending.last_iteration
         if self._writer.is_pending and (is_due or self._writer.is_written()):
             self._try(self._finish, is_last=False)  # if this is the last step, its own checkpoint follows
         if is_due:
-            self._try(lambda: self._writer.begin(self._trained, {}), is_last)
+            self._check(step.iteration)
+            self._try(lambda: self._writer.begin(self._trained, self._best.state_dict()), is_last)
             if self._writer.is_pending and (is_last or not self._config.async_save):
                 self._try(self._finish, is_last)
 

@@ -1,9 +1,10 @@
-"""Per-task answer loss on the validation splits, through megatron's forward pass."""
+"""Per-task means over answer tokens: of the loss, and on the validation splits of what is predicted right."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,22 +14,47 @@ from malora_dist.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
-class TaskLosses:
-    """Mean answer loss per task, of those that had an answer token, and over all answer tokens."""
+class TaskMeans:
+    """Mean per task, of those that had an answer token, and over all answer tokens."""
 
     by_task: dict[str, float]
     overall: float
 
 
-def mean_losses(sums: Sequence[Tensor], task_names: Sequence[str], topology: Topology) -> TaskLosses:
-    """Means over the global batch from the [J, 2] sums of this rank's microbatches.
+class Validation(NamedTuple):
+    """What an evaluation finds.
 
-    Called by all ranks; the last stage has the sums, every rank gets the result.
+    Attributes:
+        losses: mean answer losses.
+        accuracies: shares of the answer tokens that are the most probable ones after the true tokens before them.
     """
-    total = torch.zeros(len(task_names), 2, dtype=torch.float64, device=topology.device)
+
+    losses: TaskMeans
+    accuracies: TaskMeans
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """By tag, as logged; empty where no task has a validation split."""
+        found: dict[str, float] = {}
+        for tag, means in (("lm loss validation", self.losses), ("accuracy validation", self.accuracies)):
+            if means.by_task:
+                found |= {tag: means.overall, **{f"{tag}/{task}": mean for task, mean in means.by_task.items()}}
+        return found
+
+
+def task_means(sums: Sequence[Tensor], figures: int, task_names: Sequence[str], topology: Topology) -> list[TaskMeans]:
+    """Means over the global batch from the [J, figures + 1] sums of this rank's microbatches, the last of them tokens.
+
+    Called by all ranks; the last stage has the sums, every rank gets the result: one for each figure.
+    """
+    total = torch.zeros(len(task_names), figures + 1, dtype=torch.float64, device=topology.device)
     for one in sums:
         total += one.double()
     for group in (topology.dp_group, topology.pp_group):  # the earlier stages add zeros
         dist.all_reduce(total, group=group)
-    by_task = {name: float(loss / tokens) for name, (loss, tokens) in zip(task_names, total, strict=True) if tokens > 0}
-    return TaskLosses(by_task, overall=float(total[:, 0].sum() / total[:, 1].sum()))
+    tokens = total[:, -1]
+    found = []
+    for summed in total[:, :-1].unbind(1):
+        by_task = {name: float(s / t) for name, s, t in zip(task_names, summed, tokens, strict=True) if t > 0}
+        found.append(TaskMeans(by_task, overall=float(summed.sum() / tokens.sum())))
+    return found

@@ -15,16 +15,22 @@ from malora_dist.data.batches import Microbatch
 from malora_dist.layers.token_info import TokenInfo
 
 
-def _sum_over_answers(microbatch: Microbatch, num_tasks: int, losses_L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sum_over_answers(microbatch: Microbatch, num_tasks: int, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """megatron's loss function with per-token loss: (loss sum, number of tokens, what is reported).
 
-    Reported: [J, 2], per task the loss sum and the number of answer tokens.
+    Reported: [J, 2], per task the loss sum and the number of answer tokens; in evaluation [J, 3], between them how
+    many of these are predicted right.
+
+    Args:
+        output: losses [L]; in evaluation [L, 2] with whether the prediction is right.
     """
+    figures_LC = output if output.dim() == 2 else output.unsqueeze(-1)
     # The task of a label is the task of its sample.
     task_L = microbatch.token_task_BS.t().flatten()[microbatch.answers_L]
-    per_task = torch.zeros(num_tasks + 1, 2, dtype=torch.float32, device=losses_L.device)
-    per_task.index_add_(0, task_L, torch.stack((losses_L.detach(), torch.ones_like(losses_L)), dim=-1))
-    return losses_L.sum(), per_task[:, 1].sum().int(), per_task[1:]
+    counted = torch.cat((figures_LC.detach(), torch.ones_like(figures_LC[:, :1])), dim=-1)
+    per_task = torch.zeros(num_tasks + 1, counted.shape[1], dtype=torch.float32, device=output.device)
+    per_task.index_add_(0, task_L, counted)
+    return figures_LC[:, 0].sum(), per_task[:, -1].sum().int(), per_task[1:]
 
 
 def forward_step(data_iterator: Any, model: torch.nn.Module, *, num_tasks: int) -> Any:

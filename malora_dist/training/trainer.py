@@ -26,7 +26,7 @@ from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.checkpoint.resume import check_data, config_differences
 from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.checkpoint.start import find_start, verify_base
-from malora_dist.config import Config
+from malora_dist.config import Config, check_evaluated
 from malora_dist.data.batches import Microbatch
 from malora_dist.data.dataset import data_paths
 from malora_dist.errors import CheckpointError
@@ -45,8 +45,9 @@ from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
-from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step, StopIfNotFinite
-from malora_dist.training.evaluation import TaskLosses, mean_losses
+from malora_dist.training.best import Best
+from malora_dist.training.callbacks import Callback, Ending, Evaluate, Log, Save, Step, StopIfNotFinite
+from malora_dist.training.evaluation import Validation, task_means
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import (
     make_optimizer,
@@ -54,6 +55,8 @@ from malora_dist.training.optimizer import (
     set_hyperparameters,
     step_if_finite,
 )
+from malora_dist.training.parameters import check_finite
+from malora_dist.training.replicas import CheckReplicas
 
 
 class Trainer:
@@ -82,6 +85,7 @@ class Trainer:
             changes += config_differences(self.start, config)
             self.notes += [*self.start.notes, *(f"not as in the checkpoint: {change}" for change in changes)]
 
+        check_evaluated(config, self.batches.evaluated_tasks)
         self.context = RoutingContext(num_tasks=len(config.data))
         sites = adapter_sites(self.hf, config, topology)
         self.plan = plan_exchanges(config, sites, topology.ep_group, topology.device)
@@ -102,19 +106,27 @@ class Trainer:
         self.trained = Trained(model, optimizer)
         if self.start:
             load_adapter_checkpoint(self.start.directory, self.start.info.has_optimizer, self.trained, topology)
+        check_finite(model, base_path, self.start and self.start.directory)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
         writer = self._make_writer() if config.save else None  # refuses before anything is written
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
+        self.replicas = CheckReplicas(config, model, topology)
+        self.best, self.ending = Best(config.early_stopping_metric), Ending(config.last_iteration)
+        if self.start and self.start.info.best:
+            self.best.load_state_dict(dict(self.start.info.best))
         self.callbacks: list[Callback] = [
-            Log(config, self.logger, self.recorded),
+            Log(config, self.logger, self.recorded, self.ending),
             StopIfNotFinite(config, self.logger, self._last_sources),
+            self.replicas,
         ]
         if config.eval_iters:
-            self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
+            self.callbacks.append(Evaluate(config, self.logger, self.evaluate, self.best, self.ending))
         if writer:
-            self.callbacks.append(Save(config, self.logger, writer, self.trained))
+            self.callbacks.append(
+                Save(config, self.logger, writer, self.trained, self.best, self.ending, self.replicas.check)
+            )
 
     def _make_writer(self) -> CheckpointWriter:
         """What writes this run's checkpoints; `save` is made ready for them."""
@@ -125,15 +137,21 @@ class Trainer:
         return writer
 
     def train(self) -> None:
-        """Train to the config's last iteration; the callbacks do what is due between the steps."""
+        """Train to the last iteration; the callbacks do what is due between the steps, and may end it sooner."""
         with contextlib.closing(self.logger):
+            for callback in self.callbacks:
+                callback.before_first_step(self.trained.iteration)
             for text in self._introduction():
                 self.logger.message(text)
-            while self.trained.iteration < self.config.last_iteration:
+            while self.trained.iteration < self.ending.last_iteration:
                 record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
                 step = self.train_step(record)
                 for callback in self.callbacks:
                     callback.after_step(step)
+            if self.ending.reason:
+                self.logger.message(f"ends after iteration {self.trained.iteration}: {self.ending.reason}")
+            if self.best.value is not None:
+                self.logger.message(self.best.describe())
 
     def train_step(self, record: bool = False) -> Step:
         """One optimizer step.
@@ -167,9 +185,10 @@ class Trainer:
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
+        (losses,) = task_means(sums, 1, self.batches.task_names, self.topology)  # waits for the device
         return Step(
             iteration=trained.iteration,
-            losses=mean_losses(sums, self.batches.task_names, self.topology),  # waits for the device
+            losses=losses,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=counts.tokens,
@@ -184,8 +203,8 @@ class Trainer:
         return metrics
 
     @torch.no_grad()
-    def evaluate(self) -> TaskLosses:
-        """Mean answer loss of each task's validation split; tasks without one are left out."""
+    def evaluate(self) -> Validation:
+        """Mean answer loss and accuracy of each task's validation split; tasks without one are left out."""
         for chunk in self.ddp:
             chunk.eval()
         sums: list[Tensor] = []
@@ -194,7 +213,7 @@ class Trainer:
                 self.plan.begin_step()
             sums.extend(self._run(microbatches, forward_only=True))
         self.plan.end_step(with_gradients=False)
-        return mean_losses(sums, self.batches.task_names, self.topology)
+        return Validation(*task_means(sums, 2, self.batches.task_names, self.topology))
 
     def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
         """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
