@@ -65,17 +65,19 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path, part: int = 0, parts: int = 1) -> None:
+def verify(directory: Path, part: int = 0, parts: int = 1, sizes: range | None = None) -> None:
     """Check every file that the manifest names, or this caller's part of them.
 
     Args:
         part, parts: of several callers, such as the ranks of a node, each takes its share of the bytes.
+        sizes: only files of so many bytes; default: all.
 
     Raises:
         CheckpointError: naming the first file that is missing or damaged.
     """
     manifest = read_manifest(directory)
-    by_size = sorted(manifest, key=lambda name: (-manifest[name][0], name))
+    wanted = [name for name, (size, _) in manifest.items() if sizes is None or size in sizes]
+    by_size = sorted(wanted, key=lambda name: (-manifest[name][0], name))
     with ThreadPoolExecutor() as pool:
         mine = by_size[part::parts]
         for fault in pool.map(lambda name: _fault(directory / name, *manifest[name]), mine):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,9 @@ from malora_dist.config import Config
 from malora_dist.errors import CheckpointError
 from malora_dist.parallel.collectives import first_fault
 from malora_dist.parallel.topology import Topology, place_on_machine
+
+#: Bytes from which on reading a file takes time.
+_LARGE = 1 << 20
 
 
 class Start(NamedTuple):
@@ -94,22 +99,50 @@ def _first_sound(
     raise CheckpointError(faults[0] + rest)
 
 
-def verify_base(path: Path) -> str:
-    """Verify a converted base on every machine, its ranks a part each. Called by all ranks.
+class BaseVerification:
+    """Verifies a converted base on every machine, its ranks a part of the large files each. Used by all ranks.
 
-    Returns:
-        what cannot be verified; empty: nothing.
+    Small files are verified at once, the weights in a thread, while the run reads its data and builds its model.
+
+    Attributes:
+        note: what cannot be verified; empty: nothing.
 
     Raises:
         CheckpointError: naming the file that is missing or damaged.
     """
-    if not has_manifest(path):
-        return f"{path}: an earlier version converted it, so its content cannot be verified; import the model again"
+
+    def __init__(self, path: Path) -> None:
+        self.note, self._fault = "", ""
+        self._thread = threading.Thread(target=self._verify_weights, args=(path,), name="verify", daemon=True)
+        if not has_manifest(path):
+            self.note = f"{path}: an earlier version converted it, so its content cannot be verified; import it again"
+            return
+        _raise_on_all(_fault_of(path, 0, 1, range(_LARGE)))
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Wait for the weights.
+
+        Raises:
+            CheckpointError: as above.
+        """
+        if not self.note:
+            self._thread.join()
+            _raise_on_all(self._fault)
+
+    def _verify_weights(self, path: Path) -> None:
+        self._fault = _fault_of(path, *place_on_machine(), range(_LARGE, sys.maxsize))
+
+
+def _fault_of(path: Path, part: int, parts: int, sizes: range) -> str:
     try:
-        verify(path, *place_on_machine())
-        fault = first_fault("")
+        verify(path, part, parts, sizes)
     except CheckpointError as error:
-        fault = first_fault(str(error))
+        return str(error)
+    return ""
+
+
+def _raise_on_all(fault: str) -> None:
+    fault = first_fault(fault)
     if fault:
         raise CheckpointError(fault)
-    return ""

@@ -25,7 +25,7 @@ from malora_dist.checkpoint.adapter import (
 from malora_dist.checkpoint.base import checkpoint_dir, hf_dir, read_base_info
 from malora_dist.checkpoint.resume import check_data, config_differences
 from malora_dist.checkpoint.saving import CheckpointWriter
-from malora_dist.checkpoint.start import find_start, verify_base
+from malora_dist.checkpoint.start import BaseVerification, find_start
 from malora_dist.config import Config, check_evaluated
 from malora_dist.data.batches import Microbatch
 from malora_dist.data.dataset import data_paths
@@ -69,7 +69,8 @@ class Trainer:
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config, self.topology = config, topology
         base_path = Path(config.pretrained_checkpoint)
-        self.notes = [note for note in [verify_base(base_path)] if note]
+        verification = BaseVerification(base_path)
+        self.notes = [verification.note] if verification.note else []
         self.base = read_base_info(base_path)
         family = family_of(hf_dir(base_path))
         self.hf = family.hf
@@ -93,7 +94,10 @@ class Trainer:
         attention = attention_class(attention_choice(config, topology.device).chosen)
         model = build_stages(family, config, settings, attention)
         self.model_config = model[0].config
-        load_base_weights(checkpoint_dir(base_path), model, topology)
+        try:
+            load_base_weights(checkpoint_dir(base_path), model, topology)
+        finally:  # a damaged file is a better reason than what comes of it
+            verification.finish()
         start_from_base(model)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer

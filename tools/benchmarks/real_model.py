@@ -46,7 +46,7 @@ SETTING = SETTINGS["paper"]
 PEFT_RANKS = {"peft8": 8, "peft64": 64}
 METHODS = ("lora", "molora", "malora")
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
-#: What the issue's bars compare: (numerator, denominator) of speeds.
+#: What is compared: (numerator, denominator) of speeds.
 RATIOS = (
     ("malora float32", "peft64 float32"),
     ("malora bf16", "peft64 bf16"),
