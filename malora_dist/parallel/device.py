@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from malora_dist.errors import BackendUnavailableError
+from malora_dist.parallel.checkpoint_writer import write_in_this_process
 from malora_dist.parallel.distributed_optimizer import for_cpu, resumable
 
 #: Factory functions that megatron calls with ``device="cuda"``.
@@ -186,3 +187,4 @@ def adapt_megatron(device: torch.device) -> None:
             part["l2_norm_impl"] = utils.local_multi_tensor_l2_norm
         optimizer["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
     vars(sys.modules["megatron.core.optimizer"])["DistributedOptimizer"] = distributed
+    write_in_this_process(modules["megatron.core.dist_checkpointing.strategies.filesystem_async"])

@@ -6,12 +6,13 @@ The trainer calls every callback on every rank and in the same order, so a callb
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from malora_dist.config import Config
-from malora_dist.errors import TrainingError
+from malora_dist.errors import TrainingError, stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.training.evaluation import TaskLosses
 
@@ -166,3 +167,35 @@ class Save(Periodic):
     def after_step(self, step: Step) -> None:
         if self.is_due(step.iteration):
             self._logger.message(f"saved {self._save()}")
+
+
+class StopOnSignal(Callback):
+    """Ends a run that has received a signal, as SystemExit with the signal's exit code; comes last.
+
+    Args:
+        agreed: the number of the signal that a rank has received, or 0; a collective.
+        save: writes a checkpoint and returns its directory; a collective. None: the run saves nothing.
+        is_saved: whether this step is saved already.
+    """
+
+    def __init__(
+        self,
+        logger: Logger,
+        agreed: Callable[[], int],
+        save: Callable[[], Path] | None,
+        is_saved: Callable[[int], bool],
+    ) -> None:
+        self._logger, self._agreed, self._save, self._is_saved = logger, agreed, save, is_saved
+
+    def after_step(self, step: Step) -> None:
+        number = self._agreed()
+        if not number:
+            return
+        if self._save is None:
+            done = "nothing is saved, for want of save=DIR"
+        elif self._is_saved(step.iteration):
+            done = "which is saved"
+        else:
+            done = f"saved {self._save()}"
+        self._logger.message(f"{signal.Signals(number).name}: stops after iteration {step.iteration}, {done}")
+        raise SystemExit(stopped_exit_code(number))

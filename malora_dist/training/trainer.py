@@ -39,10 +39,11 @@ from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
-from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step, StopIfNotFinite
+from malora_dist.training.callbacks import Callback, Evaluate, Log, Save, Step, StopIfNotFinite, StopOnSignal
 from malora_dist.training.evaluation import TaskLosses, mean_losses
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import (
@@ -51,6 +52,7 @@ from malora_dist.training.optimizer import (
     set_hyperparameters,
     step_if_finite,
 )
+from malora_dist.training.stop import StopSignals
 
 
 class Trainer:
@@ -104,15 +106,31 @@ class Trainer:
         ]
         if config.eval_iters:
             self.callbacks.append(Evaluate(config, self.logger, self.evaluate))
+        save = Save(config, self.logger, self.save)
         if config.save:
-            self.callbacks.append(Save(config, self.logger, self.save))
+            self.callbacks.append(save)
+        self.signals = StopSignals()
+        self.callbacks.append(
+            StopOnSignal(
+                self.logger,
+                lambda: self.signals.agreed(topology.device),
+                self.save if config.save else None,
+                save.is_due,
+            )
+        )
 
     def train(self) -> None:
-        """Train to the config's last iteration; the callbacks do what is due between the steps."""
-        with contextlib.closing(self.logger):
+        """Train to the config's last iteration; the callbacks do what is due between the steps.
+
+        Raises:
+            SystemExit: a signal has ended the run before.
+        """
+        heartbeat = Heartbeat(self.topology, self.config.distributed_timeout_minutes * 60)
+        with contextlib.closing(self.logger), self.signals, heartbeat:
             for text in self._introduction():
                 self.logger.message(text)
             while self.trained.iteration < self.config.last_iteration:
+                heartbeat.begin(self.trained.iteration + 1)
                 record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
                 step = self.train_step(record)
                 for callback in self.callbacks:
