@@ -16,6 +16,8 @@ from collections.abc import Callable
 EXIT_CODE = 2
 #: They end a run after the step under way, which is saved first.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+#: Does so too, but the run shall start again: the number of machines changes.
+RESTART_SIGNAL = signal.SIGUSR2
 
 
 def stopped_exit_code(number: int) -> int:

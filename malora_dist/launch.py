@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from malora_dist.errors import EXIT_CODE, STOP_SIGNALS, stopped_exit_code
+from malora_dist.errors import EXIT_CODE, RESTART_SIGNAL, STOP_SIGNALS, stopped_exit_code
 
 #: The time that ranks have to end a step and save, before they are killed.
 SHUTDOWN_SECONDS = 120
@@ -48,13 +48,18 @@ def _improved(agent: Any) -> Any:
     class Agent(agent):
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
-            if final_code(failure.exitcode for failure in result.failures.values()) is not None:
+            codes = {failure.exitcode for failure in result.failures.values()}
+            if final_code(codes) is not None:
                 self._remaining_restarts = 0
+            elif codes == {stopped_exit_code(RESTART_SIGNAL)}:  # another machine's agent was faster, see below
+                self._remaining_restarts += 1
             return result
 
         def _stop_workers(self, worker_group: Any) -> None:
-            healthy = worker_group.state == WorkerState.HEALTHY  # so it is when a machine joins
-            self._shutdown(timeout=self._shutdown_timeout if healthy else FAILED_SHUTDOWN_SECONDS)
+            if worker_group.state == WorkerState.HEALTHY:  # a machine joins
+                self._shutdown(RESTART_SIGNAL, self._shutdown_timeout)
+            else:
+                self._shutdown(timeout=FAILED_SHUTDOWN_SECONDS)
 
     return Agent
 

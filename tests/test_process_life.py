@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore, Store
 
+from malora_dist.launch import final_code
 from malora_dist.parallel.heartbeat import _summary
 from malora_dist.parallel.rendezvous import agree_on_name
 from tests.conftest import ROOT
@@ -173,6 +174,23 @@ def test_what_cannot_go_better_is_not_restarted(code: int, launch_code: int, sta
     assert ("exitcode  : 7" in launch.text) == (code == 7)
 
 
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([2], 2),
+        ([2, -15, 1], 2),  # the others failed with it, or were ended
+        ([143, 143], 143),
+        ([130, -9], 130),
+        ([1, 143], None),  # one failed, and torchrun stopped the other
+        ([140], None),  # SIGUSR2: another machine joins
+        ([-9], None),
+        ([], None),
+    ],
+)
+def test_final_code(codes: list[int], expected: int | None) -> None:
+    assert final_code(codes) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_reaches_the_ranks(number: signal.Signals, tmp_path: Path) -> None:
     launch = launch_toy(tmp_path, "wait")
@@ -283,9 +301,23 @@ def test_machines_come_and_go(
         base_dir, task_files, "eval_iters=0", "train_iters=3000", "log_interval=1", f"save={tmp_path / 'save'}",
         "save_interval=5",
     )  # fmt: skip
-    machines = {"NNODES": "1:2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "NPROC_PER_NODE": "1"}
-    stays = train(launches, tmp_path / "stays", settings, **machines)
-    goes = train(launches, tmp_path / "goes", settings, **machines)
+    port = _free_port()
+
+    def start(name: str) -> Launch:
+        """As launch/train.sh does with NNODES=1:2 on MASTER_ADDR's machine, the first, and on another."""
+        config = tmp_path / "run.yaml"
+        config.touch()
+        rendezvous = f"is_host={int(not launches)},read_timeout=600,last_call_timeout=15"
+        command = [
+            sys.executable, "-m", "malora_dist.launch", "--nnodes", "1:2", "--nproc-per-node", "1",
+            "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "malora",
+            "--rdzv-conf", rendezvous, "--local-addr", "127.0.0.1",
+            "-m", "malora_dist.train", "--config", str(config), "resume=auto", *settings,
+        ]  # fmt: skip
+        launches.append(Launch(tmp_path / name, command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+        return launches[-1]
+
+    stays, goes = start("stays"), start("goes")
 
     def count(text: str) -> int:
         return sum(len(re.findall(text, launch.text)) for launch in launches)
@@ -293,13 +325,13 @@ def test_machines_come_and_go(
     wait_for(lambda: count(r"2 x cpu \(gloo\)") == 1 and count("saved ") > 0, "a run of two")
     goes.process.kill()
     wait_for(lambda: count(r"1 x cpu \(gloo\)") == 1, "the other alone")
-    comes = train(launches, tmp_path / "comes", settings, **machines)
+    comes = start("comes")
     wait_for(lambda: count(r"2 x cpu \(gloo\)") == 2, "a run of two again")
-    assert count("SIGTERM: stops after iteration") == 1, "the one alone has saved before it was joined"
+    assert count("SIGUSR2: stops after iteration") == 1, "the one alone has saved before it was joined"
     after = count("iteration ")
     wait_for(lambda: count("iteration ") > after, "steps of the two")
     for launch in (stays, comes):
         launch.process.terminate()
     for launch in (stays, comes):
         assert launch.process.wait(TIMEOUT) == 128 + signal.SIGTERM, launch.text
-    assert count("SIGTERM: stops after iteration") == 2
+    assert count("SIGTERM: stops after iteration") == 1

@@ -11,14 +11,14 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from malora_dist.errors import STOP_SIGNALS
+from malora_dist.errors import RESTART_SIGNAL, STOP_SIGNALS
 
 #: Of a signal that comes twice, from a scheduler to all processes and from torchrun to its ranks, one counts.
 _TWICE_WITHIN_SECONDS = 1.0
 
 
 class StopSignals:
-    """While it is entered, the first of `STOP_SIGNALS` is noted, and a second one ends the process at once.
+    """While it is entered, the first of `STOP_SIGNALS` and `RESTART_SIGNAL` is noted; a second one ends the process.
 
     Attributes:
         received: the signal's number, 0: none so far.
@@ -29,7 +29,7 @@ class StopSignals:
         self._received_at = 0.0
 
     def __enter__(self) -> Self:
-        self._former = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._former = {number: signal.signal(number, self._note) for number in (*STOP_SIGNALS, RESTART_SIGNAL)}
         return self
 
     def __exit__(self, *_: object) -> None:
