@@ -310,7 +310,8 @@ def test_machines_come_and_go(
         rendezvous = f"is_host={int(not launches)},read_timeout=600,last_call_timeout=15"
         command = [
             sys.executable, "-m", "malora_dist.launch", "--nnodes", "1:2", "--nproc-per-node", "1",
-            "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "malora",
+            "--max-restarts", "3", "--rdzv-id", "malora", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", f"127.0.0.1:{port}",
             "--rdzv-conf", rendezvous, "--local-addr", "127.0.0.1",
             "-m", "malora_dist.train", "--config", str(config), "resume=auto", *settings,
         ]  # fmt: skip
