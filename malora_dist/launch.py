@@ -33,9 +33,9 @@ def final_code(codes: Iterable[int]) -> int | None:
     return max(ended) if ended and ended <= stopped else None
 
 
-def _signals_to_handle() -> str:
+def signals_to_handle() -> str:
     """torchrun's and SIGUSR1, less SIGHUP where ``nohup`` has switched it off."""
-    names = [*("SIGTERM", "SIGINT", "SIGQUIT"), "SIGUSR1"]
+    names = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1"]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         names.append("SIGHUP")
     return ",".join(names)
@@ -66,7 +66,7 @@ def _improved(agent: Any) -> Any:
 
 def main() -> None:
     """Start and watch this machine's ranks; ends with their exit code where that says something, else with 1."""
-    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", _signals_to_handle())
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", signals_to_handle())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     from torch.distributed import run  # takes seconds
     from torch.distributed.elastic.multiprocessing import SignalException

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import re
 import signal
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore, Store
 
-from malora_dist.launch import final_code
+from malora_dist.launch import final_code, signals_to_handle
 from malora_dist.parallel.heartbeat import _summary
 from malora_dist.parallel.rendezvous import agree_on_name
 from tests.conftest import ROOT
@@ -115,7 +114,7 @@ def agree(store: Store, world_size: int, late: float = 0.0) -> list[str]:
 
     def join(rank: int) -> None:
         time.sleep(late if rank == world_size - 1 else 0.0)
-        names[rank] = agree_on_name(store, rank, world_size, datetime.timedelta(seconds=30))
+        names[rank] = agree_on_name(store, rank, world_size, 30.0)
 
     ranks = [threading.Thread(target=join, args=(rank,)) for rank in range(world_size)]
     for rank in ranks:
@@ -135,7 +134,7 @@ def test_every_start_has_a_name_of_its_own() -> None:
         seen.add(names[0])
     assert len(seen) == 5
     with pytest.raises(TimeoutError, match="not all 2 ranks started"):
-        agree_on_name(HashStore(), 0, 2, datetime.timedelta(seconds=0.2))
+        agree_on_name(HashStore(), 0, 2, 0.2)
 
 
 # --- the launch
@@ -199,6 +198,13 @@ def test_a_signal_reaches_the_ranks(number: signal.Signals, tmp_path: Path) -> N
     assert launch.process.wait(TIMEOUT) == 128 + number, launch.text
     assert [file.read_text() for file in tmp_path.glob("stopped-*")] == [number.name] * 2
     assert "Traceback" not in launch.text
+
+
+def test_nohup_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun would take SIGHUP back from nohup."""
+    assert "SIGHUP" in signals_to_handle().split(",")
+    monkeypatch.setattr(signal, "getsignal", {signal.SIGHUP: signal.SIG_IGN}.get)
+    assert "SIGHUP" not in signals_to_handle().split(",")
 
 
 # --- signals in a run
@@ -304,10 +310,10 @@ def test_machines_come_and_go(
     port = _free_port()
 
     def start(name: str) -> Launch:
-        """As launch/train.sh does with NNODES=1:2 on MASTER_ADDR's machine, the first, and on another."""
+        """As launch/train.sh does with NNODES=1:2 on MASTER_ADDR's machine, the first, and on another; less patient."""
         config = tmp_path / "run.yaml"
         config.touch()
-        rendezvous = f"is_host={int(not launches)},read_timeout=600,last_call_timeout=15"
+        rendezvous = f"is_host={int(not launches)},read_timeout=600,last_call_timeout=5,keep_alive_interval=2"
         command = [
             sys.executable, "-m", "malora_dist.launch", "--nnodes", "1:2", "--nproc-per-node", "1",
             "--max-restarts", "3", "--rdzv-id", "malora", "--rdzv-backend", "c10d",

@@ -19,8 +19,10 @@ import torch.distributed as dist
 
 from malora_dist.parallel.topology import Topology
 
-#: Parts of the timeout: after the first a step counts as stuck, so that the report comes before; the other is a beat.
-_STUCK, _BEAT = 0.7, 0.04
+#: Part of the timeout after which a step counts as stuck, so that the report comes before the timeout.
+_STUCK = 0.7
+#: Part of the timeout between two beats, at most.
+_BEAT = 0.04
 _LONGEST_BEAT_SECONDS = 5.0
 #: A rank is silent if its entry has not changed in so many beats.
 _BEATS_OF_SILENCE = 4

@@ -1,8 +1,8 @@
 """How the ranks of one start of a run find each other, and none of an earlier start.
 
-torchrun keeps one store for all restarts of a run (its own prefix per restart is gone since torch 2.5). What the
-last start left there, such as the addresses of its processes, is in the way: a rank that is first reads that of a dead
-process and cannot connect. So the ranks agree on a name that is new every time, and keep everything under it.
+torchrun keeps one store for all restarts of a run, and in it nothing tells one start from another (seen with torch
+2.13). What the last start left there is in the way: a rank that is first reads the address of a dead process and cannot
+connect. So the ranks agree on a name that is new every time, and keep everything under it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.distributed import PrefixStore, Store
 
 _POLL_SECONDS = 0.05
 #: Of a start: processes on a busy machine may begin minutes apart.
-START_TIMEOUT = datetime.timedelta(minutes=10)
+START_SECONDS = 600.0
 
 
-def meet(timeout: datetime.timedelta = START_TIMEOUT) -> tuple[Store, int, int]:
+def meet() -> tuple[Store, int, int]:
     """Join the other ranks that torchrun started together with this one.
 
     Returns:
@@ -29,17 +29,17 @@ def meet(timeout: datetime.timedelta = START_TIMEOUT) -> tuple[Store, int, int]:
     Raises:
         TimeoutError: not all ranks came.
     """
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    return PrefixStore(f"start/{agree_on_name(store, rank, world_size, timeout)}", store), rank, world_size
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=START_SECONDS)))
+    return PrefixStore(f"start/{agree_on_name(store, rank, world_size, START_SECONDS)}", store), rank, world_size
 
 
-def agree_on_name(store: Store, rank: int, world_size: int, timeout: datetime.timedelta) -> str:
+def agree_on_name(store: Store, rank: int, world_size: int, seconds: float) -> str:
     """A name of this start, the same on all its ranks, whatever earlier ones left in the store.
 
     Every rank writes a token of its own. Rank 0 offers a name for the tokens it finds and takes it back when one
     changes, for that was an earlier start's; it holds when each rank has found its own token in the offer.
     """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    own, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     store.set(f"token/{rank}", own)
     name, tokens = "", [""]
     while True:
@@ -58,7 +58,7 @@ def agree_on_name(store: Store, rank: int, world_size: int, timeout: datetime.ti
                 if store.check([f"{name}/holds"]):
                     return str(name)
         if time.monotonic() > deadline:
-            raise TimeoutError(f"rank {rank}: not all {world_size} ranks started within {timeout}")
+            raise TimeoutError(f"rank {rank}: not all {world_size} ranks started within {seconds:g} s")
         time.sleep(_POLL_SECONDS)
 
 
