@@ -3,12 +3,15 @@
 #
 #   bash launch/train.sh CONFIG [key=value ...]
 #
-#   NNODES           machines that take part; default 1
+#   NNODES           machines that take part, or MIN:MAX, between which they may come and go; default 1
 #   MASTER_ADDR      name or address of one of them, the same on all; needed above 1
 #   MASTER_PORT      a free port of that machine; default 29500
 #   NODE_RANK        0 .. NNODES-1, another on every machine and 0 on MASTER_ADDR's; may be left out
 #   NPROC_PER_NODE   processes on this machine; default: one per GPU, without a GPU 1
 #   RDZV_ID          name of the run, the same on all machines; default malora
+#   MAX_RESTARTS     how often the processes are started again when one fails; default 3
+#
+# A run goes on from the newest checkpoint in `save` (resume=auto) unless resume=off is among the keys.
 #
 # Python is that of .venv where launch/setup_env.sh made it, else python3. Other options of torchrun are read by
 # itself from variables PET_<OPTION>, for example PET_LOG_DIR.
@@ -20,7 +23,7 @@ is_whole() { [[ $1 =~ ^[0-9]{1,9}$ ]]; }
 config=${1:-}
 case $config in
   '' | -h | --help)
-    sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     [ -n "$config" ] || fail "CONFIG is missing: name a YAML file, for example one of configs/"
     exit 0
     ;;
@@ -30,14 +33,19 @@ esac
 # A machine that was told of others but not of how many would train alone, and write where the others write.
 [ -n "${NNODES:-}" ] || [ -z "${MASTER_ADDR:-}${NODE_RANK:-}" ] ||
   fail "NNODES is not set, but ${MASTER_ADDR:+MASTER_ADDR=$MASTER_ADDR }${NODE_RANK:+NODE_RANK=$NODE_RANK }is; set NNODES too, 1 for this machine alone"
-nodes=${NNODES:-1} port=${MASTER_PORT:-29500}
-is_whole "$nodes" && [ "$nodes" -ge 1 ] ||
-  fail "NNODES='$nodes': must be a whole number of at least 1; a range is no use, the number of processes of a run is fixed"
+port=${MASTER_PORT:-29500} restarts=${MAX_RESTARTS:-3}
+[[ ${NNODES:-1} =~ ^([0-9]{1,9})(:([0-9]{1,9}))?$ ]] || BASH_REMATCH=(_ 0)
+fewest=${BASH_REMATCH[1]} nodes=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
+[ "$fewest" -ge 1 ] && [ "$nodes" -ge "$fewest" ] ||
+  fail "NNODES='$NNODES': must be a whole number of at least 1, or two as in 2:4; count the machines"
+is_whole "$restarts" || fail "MAX_RESTARTS='$restarts': must be a whole number; 0 switches restarts off"
 is_whole "$port" && [ "$port" -ge 1 ] && [ "$port" -le 65535 ] || fail "MASTER_PORT='$port': must be a port, 1 to 65535"
 [ "$nodes" -eq 1 ] || [ -n "${MASTER_ADDR:-}" ] ||
   fail "MASTER_ADDR is not set, but NNODES=$nodes; set it to the name or address of one of the machines, the same on all"
 [ -z "${NODE_RANK:-}" ] || { is_whole "$NODE_RANK" && [ "$NODE_RANK" -lt "$nodes" ]; } ||
   fail "NODE_RANK='$NODE_RANK': must be a whole number below NNODES=$nodes; count from 0, or leave it out"
+[ -z "${NODE_RANK:-}" ] || [ "$fewest" -eq "$nodes" ] ||
+  fail "NODE_RANK='$NODE_RANK': is fixed, but NNODES=$NNODES lets machines come and go; leave it out"
 
 python=$ROOT/.venv/bin/python
 [ -x "$python" ] || python=python3
@@ -65,7 +73,15 @@ print(f"1 {host}" if is_here else f"0 {own}")
 PYTHON
 }
 
-options=(--nnodes "$nodes" --nproc-per-node "$processes")
+range=$nodes settings=read_timeout=600
+if [ "$fewest" -lt "$nodes" ]; then
+  range=$fewest:$nodes
+  # A machine that is late or comes later joins by a restart of the others.
+  settings+=,last_call_timeout=15
+  # torchrun's shared store stays on the machine that had it first, and its address with the others.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
+options=(--nnodes "$range" --nproc-per-node "$processes" --max-restarts "$restarts")
 if [ -n "${NODE_RANK:-}" ]; then
   # torchrun's static rendezvous: the ranks are fixed, NODE_RANK 0 hosts it, whatever its address.
   options+=(--node-rank "$NODE_RANK" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port")
@@ -74,9 +90,9 @@ elif [ "$nodes" -gt 1 ]; then
   # command and a restarted one joins again. They may start up to ten minutes apart.
   own=$(find_own_address) || exit 2
   options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "${RDZV_ID:-malora}"
-    --rdzv-conf "is_host=${own%% *},read_timeout=600" --local-addr "${own#* }")
+    --rdzv-conf "is_host=${own%% *},$settings" --local-addr "${own#* }")
 else
   options+=(--standalone)
 fi
 shift
-exec "$python" -m torch.distributed.run "${options[@]}" -m malora_dist.train --config "$config" "$@"
+exec "$python" -m malora_dist.launch "${options[@]}" -m malora_dist.train --config "$config" resume=auto "$@"

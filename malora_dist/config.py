@@ -125,7 +125,9 @@ class ParallelConfig:
         choices=("core_attn", "mlp"),
         cure="remove it",
     )
-    distributed_timeout_minutes: int = key(10, "collectives that wait longer abort the run", minimum=1)
+    distributed_timeout_minutes: float = key(
+        10.0, "collectives that wait longer abort the run", above=0, cure="10 is a usual value"
+    )
 
 
 @dataclass

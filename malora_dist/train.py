@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 
 from malora_dist.errors import exit_on_user_error
+from malora_dist.parallel.process_life import end_with_agent
 from malora_dist.parallel.versions import check_versions
 
 
@@ -22,6 +24,8 @@ def _parse() -> argparse.Namespace:
 @exit_on_user_error
 def main() -> None:
     """Load the config, build the layout, train."""
+    end_with_agent()
+    faulthandler.enable()  # a process that native code aborts, NCCL's watchdog for one, says where it was
     arguments = _parse()
     check_versions()
     from malora_dist.config_file import load_config  # imports torch

@@ -41,6 +41,7 @@ LAYERS = {
     "metrics": Layer("methods config kernels parallel exchange families layers models checkpoint"),
     "training": Layer("errors config parallel exchange families layers models data checkpoint metrics", megatron=True),
     "hf": Layer("errors methods config kernels data"),
+    "launch": Layer("errors"),
     "train": Layer("errors config_file parallel exchange training"),
 }
 #: The only file that may import fmoe.

@@ -14,6 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,17 @@ from tests.workers import WorkerPool
 
 TIMEOUT = 600  # a starved machine is slow, not broken
 #: Variables that the scripts read, or that a torchrun around the tests would have left.
-READ = ("NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR", "MASTER_PORT", "RDZV_ID", "RANK", "WORLD_SIZE")
+READ = (
+    "NNODES",
+    "NODE_RANK",
+    "NPROC_PER_NODE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RDZV_ID",
+    "MAX_RESTARTS",
+    "RANK",
+    "WORLD_SIZE",
+)
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -71,7 +82,7 @@ def run_script(checkout: Path, name: str, *arguments: str, **variables: str) -> 
 def recorded(checkout: Path) -> str:
     """A PATH whose Python prints its arguments in place of starting torchrun, and does all else as this one does."""
     tools = checkout / "bin"
-    real = f'[ "$2" = torch.distributed.run ] || exec {sys.executable} "$@"'
+    real = f'[ "$2" = malora_dist.launch ] || exec {sys.executable} "$@"'
     write_script(tools / "python3", real, 'printf "%s\\n" "$@"')
     return f"{tools}:{os.environ['PATH']}"
 
@@ -99,6 +110,11 @@ def recorded(checkout: Path) -> str:
             "--nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.1.1:1234 --rdzv-id run7 "
             "--rdzv-conf is_host=1,read_timeout=600 --local-addr 127.0.1.1",
         ),
+        (
+            {"NNODES": "2:4", "MASTER_ADDR": "localhost"},
+            "--nnodes 2:4 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:29500 --rdzv-id malora "
+            "--rdzv-conf is_host=1,read_timeout=600,last_call_timeout=15 --local-addr localhost",
+        ),
     ],
 )
 def test_torchrun_command(variables: dict[str, str], expected: str, checkout: Path, recorded: str) -> None:
@@ -107,8 +123,8 @@ def test_torchrun_command(variables: dict[str, str], expected: str, checkout: Pa
     done = run_script(checkout, "train.sh", *arguments, PATH=recorded, NPROC_PER_NODE="2", **variables)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "-m", "torch.distributed.run", *expected.split(),
-        "-m", "malora_dist.train", "--config", "run.yaml", "lr=1e-3", "data=[{path: a b.jsonl}]",
+        "-m", "malora_dist.launch", *expected.replace("-node 2", "-node 2 --max-restarts 3", 1).split(),
+        "-m", "malora_dist.train", "--config", "run.yaml", "resume=auto", "lr=1e-3", "data=[{path: a b.jsonl}]",
     ]  # fmt: skip
 
 
@@ -135,8 +151,16 @@ def test_the_environment_of_the_project_comes_first_and_each_gpu_gets_a_process(
             {"NODE_RANK": "1", "MASTER_ADDR": "node0"},
             "NNODES is not set, but MASTER_ADDR=node0 NODE_RANK=1 is; set NNODES too, 1 for this machine alone",
         ),
-        ({"NNODES": "1:4"}, "NNODES='1:4': must be a whole number of at least 1; a range is no use, "),
-        ({"NNODES": "0"}, "NNODES='0': must be a whole number of at least 1; "),
+        ({"NNODES": "1:4"}, "MASTER_ADDR is not set, but NNODES=4; "),
+        ({"NNODES": "0"}, "NNODES='0': must be a whole number of at least 1, or two as in 2:4; "),
+        ({"NNODES": "4:2"}, "NNODES='4:2': must be a whole number of at least 1, or two as in 2:4; "),
+        ({"NNODES": "1:2:3"}, "NNODES='1:2:3': must be a whole number of at least 1, or two as in 2:4; "),
+        ({"NNODES": "2:"}, "NNODES='2:': must be a whole number of at least 1, or two as in 2:4; "),
+        (
+            {"NNODES": "1:2", "MASTER_ADDR": "node0", "NODE_RANK": "0"},
+            "NODE_RANK='0': is fixed, but NNODES=1:2 lets machines come and go; leave it out",
+        ),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS='-1': must be a whole number; 0 switches restarts off"),
         (
             {"NNODES": "2", "MASTER_ADDR": "node0", "NODE_RANK": "2"},
             "NODE_RANK='2': must be a whole number below NNODES=2; count from 0, or leave it out",
@@ -166,7 +190,7 @@ def test_config_that_is_not_there(checkout: Path) -> None:
     assert (done.returncode, done.stderr) == (2, f"error: CONFIG is missing: {cure}")
     done = run_script(checkout, "train.sh", "--help")
     assert done.returncode == 0
-    assert all(name in done.stdout for name in READ[:6])
+    assert all(name in done.stdout for name in READ[:7])
 
 
 SLURM = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7-9]", "SLURM_CPUS_PER_TASK": "16"}
@@ -187,6 +211,28 @@ def test_slurm_job(checkout: Path) -> None:
         "NNODES=3", "MASTER_ADDR=node7", "MASTER_PORT=23456", "RDZV_ID=123456", "SRUN_CPUS_PER_TASK=16",
         "NODE_RANK=unset",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(138, True), (0, False), (1, False)])
+def test_slurm_warns(code: int, requeued: bool, checkout: Path) -> None:
+    """SIGUSR1 to the batch script reaches srun; only a run that it has stopped goes back into the queue."""
+    tools = checkout / "bin"
+    write_script(tools / "scontrol", f'[ "$1" = show ] && echo node7 || echo "$*" >> {checkout}/asked')
+    wait = "for i in $(seq 600); do sleep 0.1; done"
+    write_script(tools / "srun", f"trap 'sleep 0.5; exit {code}' USR1", f"touch {checkout}/ready", wait)
+    variables = {**SLURM, "SLURM_SUBMIT_DIR": str(checkout), "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = ["bash", str(checkout / "launch" / "train.sbatch"), "run.yaml"]
+    batch = subprocess.Popen(command, cwd=checkout, env=environment(**variables))
+    try:
+        while not (checkout / "ready").exists():
+            time.sleep(0.05)
+        batch.send_signal(signal.SIGUSR1)
+        assert batch.wait(TIMEOUT) == code
+    finally:
+        batch.kill()
+    asked = checkout / "asked"
+    assert asked.exists() == requeued
+    assert not requeued or asked.read_text() == "requeue 123456\n"
 
 
 @pytest.mark.parametrize(

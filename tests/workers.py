@@ -108,7 +108,7 @@ class WorkerPool:
         for _, connection in self._workers:
             connection.close()
         for process, _ in self._workers:
-            process.join(timeout=10)  # time to end the helper process that megatron starts for checkpoints
+            process.join(timeout=10)
             process.terminate()
             process.join()
         self._workers.clear()

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 
 from malora_dist.config import ParallelConfig
 from malora_dist.parallel.device import adapt_megatron, choose_device
+from malora_dist.parallel.rendezvous import meet
+
+#: NCCL keeps its last collectives, and writes them to files of TORCH_NCCL_DEBUG_INFO_TEMP_FILE when one times out.
+_FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place in the layout and the process groups it belongs to."""
+    """This rank's place in the layout, the process groups it belongs to, and the store that all ranks share."""
 
     device: torch.device
     world_size: int
@@ -30,6 +34,7 @@ class Topology:
     dp_group: ProcessGroup
     ep_group: ProcessGroup
     edp_group: ProcessGroup
+    store: Store
 
     @property
     def tp_size(self) -> int:
@@ -99,14 +104,14 @@ def place_on_machine() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _init_process_group(device: torch.device, timeout: datetime.timedelta) -> None:
-    if dist.is_initialized():
-        return
+def _init_process_group(device: torch.device, timeout: datetime.timedelta) -> Store:
+    """Join the world; the store that its ranks share."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    for name, value in _FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
+    store, rank, world_size = meet() if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return store
 
 
 def initialize(config: ParallelConfig, seed: int = 1234) -> Topology:
@@ -124,7 +129,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> Topology:
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
-    _init_process_group(device, timeout)
+    store = _init_process_group(device, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -147,6 +152,7 @@ def initialize(config: ParallelConfig, seed: int = 1234) -> Topology:
         dp_group=parallel_state.get_data_parallel_group(),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         edp_group=parallel_state.get_expert_data_parallel_group(),
+        store=store,
     )
 
 

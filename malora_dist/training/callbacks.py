@@ -6,13 +6,14 @@ The trainer calls every callback on every rank and in the same order, so a callb
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from malora_dist.checkpoint.adapter import Trained
 from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
-from malora_dist.errors import CheckpointError, TrainingError
+from malora_dist.errors import CheckpointError, TrainingError, stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.training.best import Best
 from malora_dist.training.evaluation import TaskMeans, Validation
@@ -63,15 +64,16 @@ class Ending:
     Attributes:
         last_iteration: the step after which it ends.
         reason: why it ends sooner; empty where it does not.
+        exit_code: of the process.
     """
 
     def __init__(self, last_iteration: int) -> None:
-        self.last_iteration, self.reason = last_iteration, ""
+        self.last_iteration, self.reason, self.exit_code = last_iteration, "", 0
 
-    def end_after(self, iteration: int, reason: str) -> None:
+    def end_after(self, iteration: int, reason: str, exit_code: int = 0) -> None:
         """This step is the last; callbacks that follow do what is due at the last step."""
         if iteration < self.last_iteration:
-            self.last_iteration, self.reason = iteration, reason
+            self.last_iteration, self.reason, self.exit_code = iteration, reason, exit_code
 
 
 class Periodic(Callback):
@@ -237,3 +239,20 @@ class Save(Periodic):
             if is_last or self._config.on_save_error == "stop":
                 raise
             self._logger.message(f"no checkpoint: {error}")
+
+
+class StopOnSignal(Callback):
+    """Lets this step be the last of a run that has received a signal; comes before Save.
+
+    Args:
+        agreed: the number of the signal that a rank has received, or 0; a collective.
+    """
+
+    def __init__(self, config: Config, ending: Ending, agreed: Callable[[], int]) -> None:
+        self._has_save, self._ending, self._agreed = bool(config.save), ending, agreed
+
+    def after_step(self, step: Step) -> None:
+        number = self._agreed()
+        if number:
+            unsaved = "" if self._has_save else ", and nothing is saved, as save is not set"
+            self._ending.end_after(step.iteration, f"{signal.Signals(number).name}{unsaved}", stopped_exit_code(number))

@@ -42,11 +42,12 @@ from malora_dist.metrics.routing import reduce_statistics, report_routing
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.training.batches import BatchSource
 from malora_dist.training.best import Best
-from malora_dist.training.callbacks import Callback, Ending, Evaluate, Log, Save, Step, StopIfNotFinite
+from malora_dist.training.callbacks import Callback, Ending, Evaluate, Log, Save, Step, StopIfNotFinite, StopOnSignal
 from malora_dist.training.evaluation import Validation, task_means
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import (
@@ -57,6 +58,7 @@ from malora_dist.training.optimizer import (
 )
 from malora_dist.training.parameters import check_finite
 from malora_dist.training.replicas import CheckReplicas
+from malora_dist.training.stop import StopSignals
 
 
 class Trainer:
@@ -127,6 +129,8 @@ class Trainer:
         ]
         if config.eval_iters:
             self.callbacks.append(Evaluate(config, self.logger, self.evaluate, self.best, self.ending))
+        self.signals = StopSignals()
+        self.callbacks.append(StopOnSignal(config, self.ending, lambda: self.signals.agreed(topology.device)))
         if writer:
             self.callbacks.append(
                 Save(config, self.logger, writer, self.trained, self.best, self.ending, self.replicas.check)
@@ -141,13 +145,19 @@ class Trainer:
         return writer
 
     def train(self) -> None:
-        """Train to the last iteration; the callbacks do what is due between the steps, and may end it sooner."""
-        with contextlib.closing(self.logger):
+        """Train to the last iteration; the callbacks do what is due between the steps, and may end it sooner.
+
+        Raises:
+            SystemExit: a signal has ended the run.
+        """
+        heartbeat = Heartbeat(self.topology, self.config.distributed_timeout_minutes * 60)
+        with contextlib.closing(self.logger), self.signals, heartbeat:
             for callback in self.callbacks:
                 callback.before_first_step(self.trained.iteration)
             for text in self._introduction():
                 self.logger.message(text)
             while self.trained.iteration < self.ending.last_iteration:
+                heartbeat.begin(self.trained.iteration + 1)
                 record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
                 step = self.train_step(record)
                 for callback in self.callbacks:
@@ -156,6 +166,8 @@ class Trainer:
                 self.logger.message(f"ends after iteration {self.trained.iteration}: {self.ending.reason}")
             if self.best.value is not None:
                 self.logger.message(self.best.describe())
+        if self.ending.exit_code:
+            raise SystemExit(self.ending.exit_code)
 
     def train_step(self, record: bool = False) -> Step:
         """One optimizer step.
