@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import traceback
@@ -21,13 +22,16 @@ class Ended(NamedTuple):
 
 
 def train_main(arguments: list[str]) -> Ended:
-    """``python -m malora_dist.train ARGUMENTS``, in this process; ranks do not wait for rank 0 to speak first."""
+    """``python -m malora_dist.train ARGUMENTS``, in this process; ranks do not wait for rank 0 to speak first.
+
+    $RANK in an argument is the number of the rank, for files that differ between machines.
+    """
     from malora_dist import train
 
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = 0
     with (
-        patch.object(sys, "argv", ["malora_dist.train", *arguments]),
+        patch.object(sys, "argv", ["malora_dist.train", *(a.replace("$RANK", os.environ["RANK"]) for a in arguments)]),
         patch("malora_dist.errors.time.sleep"),
         redirect_stdout(stdout),
         redirect_stderr(stderr),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from malora_dist.config import DataConfig, TaskConfig
-from malora_dist.data.dataset import TaskDataset, load_tasks
+from malora_dist.data.dataset import TaskDataset, data_fingerprints, data_paths, load_tasks
 from malora_dist.data.tokenization import TokenizedExample
 from malora_dist.errors import ConfigError, DataError
 from tests.test_data_text import letter_tokenizer
@@ -105,3 +106,14 @@ def test_real_code_task(shared: Path) -> None:
     assert len(task.train) + len(task.validation) == 2015
     assert max(len(sample.token_ids) for sample in task.train) == 256
     assert sum(sample.truncated > 0 for sample in task.train + task.validation) == task.overlong
+
+
+def test_fingerprints_are_of_the_files_bytes(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    train, other = write(tmp_path / "train.jsonl", 3), write(tmp_path / "other.jsonl", 2, prefix="v")
+    array = tmp_path / "array.json"
+    array.write_text('[{"prompt": "p", "completion": "x"}]\n')
+    config = DataConfig(data=[TaskConfig("a", train, other), TaskConfig("b", str(array))])
+    assert data_paths(config) == {"a/train": train, "a/validation": other, "b/train": str(array)}
+    assert data_fingerprints(load_tasks(config, tokenizer, 1)) == {
+        name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in data_paths(config).items()
+    }

@@ -147,6 +147,13 @@ def test_truncation_is_reported(workers: WorkerPool, base_dir: Path, tmp_path: P
     assert re.search(r"task: 3 training .* 2 overlong.*\n(.*\n)*iteration 1/1", ended.stdout)
 
 
+def test_ranks_that_read_different_data_are_refused(refuse: Refuse, tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"task{rank}.jsonl").write_text(f"{record('ab')}\n" * 3 + f"{record('ab', 'ba'[: 2 - rank])}\n")
+    expected = "...task...jsonl: ranks 0 and 1 have read different contents (task/train); give all machines the same..."
+    refuse(expected, f"data=[{{name: task, path: {tmp_path}/task$RANK.jsonl}}]", world_size=2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize(
     ("override", "expected"),

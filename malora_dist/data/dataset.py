@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from malora_dist.config import DataConfig, TaskConfig
 from malora_dist.data.formats import load_examples
+from malora_dist.data.records import Fingerprint
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import ConfigError, DataError
@@ -29,6 +30,7 @@ class TaskDataset:
         weight: its mixing weight.
         overlong: samples above seq_length, truncated or dropped, in both splits.
         blank: samples left out for their empty answer, in both splits.
+        fingerprints: {``train`` or ``validation``: SHA-256 of what was read for it}.
     """
 
     name: str
@@ -37,6 +39,7 @@ class TaskDataset:
     validation: list[TokenizedExample]
     overlong: int
     blank: int
+    fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def report(self) -> str:
@@ -72,33 +75,71 @@ def split_off(
     return train, [samples[i] for i in sorted(held_out)]
 
 
+def data_fingerprints(tasks: Sequence[TaskDataset]) -> dict[str, str]:
+    """{``TASK/train`` or ``TASK/validation``: SHA-256 of what was read for it}; validation only if it has a file."""
+    return {f"{task.name}/{split}": digest for task in tasks for split, digest in task.fingerprints.items()}
+
+
+def data_paths(config: DataConfig) -> dict[str, str]:
+    """{key of :func:`data_fingerprints`: the path that the config names there}."""
+    named = [(f"{task.label}/train", task.path) for task in config.data]
+    named += [(f"{task.label}/validation", task.validation_path) for task in config.data if task.validation_path]
+    return dict(named)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What came of one file.
+
+    Attributes:
+        overlong: how many samples were above seq_length.
+        blank: how many were left out for a blank answer.
+    """
+
+    samples: list[TokenizedExample]
+    overlong: int
+    blank: int
+    fingerprint: str
+
+
 def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskDataset:
     name = task.label
     if task.validation_path and Path(task.validation_path).resolve() == Path(task.path).resolve():
         rule = "is the task's training file"
         cure = "name another file, or remove it to hold samples out"
         raise ConfigError(f"data[{name}].validation_path", task.validation_path, rule, cure)
-    train, overlong, blank = _samples(task, config, tokenizer)
-    if not train:
+    read = _read_split(task, config, tokenizer)
+    if not read.samples:
         raise DataError(
-            f"{task.path}: leaves task {name!r} no samples ({blank} without an answer, {overlong} above "
+            f"{task.path}: leaves task {name!r} no samples ({read.blank} without an answer, {read.overlong} above "
             f"seq_length={config.seq_length} with overlong={config.overlong}); raise seq_length or mend the file"
         )
+    splits = {"train": read}
     if task.validation_path:
-        there = dataclasses.replace(task, path=task.validation_path)
-        validation, more_overlong, more_blank = _samples(there, config, tokenizer)
-        return TaskDataset(name, task.weight, train, validation, overlong + more_overlong, blank + more_blank)
-    train, validation = split_off(train, config.validation_samples, seed, name)
-    return TaskDataset(name, task.weight, train, validation, overlong, blank)
+        splits["validation"] = _read_split(dataclasses.replace(task, path=task.validation_path), config, tokenizer)
+        train, validation = read.samples, splits["validation"].samples
+    else:
+        train, validation = split_off(read.samples, config.validation_samples, seed, name)
+    return TaskDataset(
+        name,
+        task.weight,
+        train,
+        validation,
+        overlong=sum(split.overlong for split in splits.values()),
+        blank=sum(split.blank for split in splits.values()),
+        fingerprints={which: split.fingerprint for which, split in splits.items()},
+    )
 
 
-def _samples(
-    task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[TokenizedExample], int, int]:
-    """(samples, how many were overlong, how many were left out for a blank answer)."""
-    examples = load_examples(task, tokenizer)
+def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Split:
+    fingerprint = Fingerprint()
+    examples = load_examples(task, tokenizer, fingerprint)
     answered = [example for example in examples if example.answer.strip()]
     encoded = [encode_example(example, tokenizer) for example in answered]
     fitted = [fit(sample, config.seq_length, config.overlong) for sample in encoded]
-    overlong = sum(len(sample.token_ids) > config.seq_length for sample in encoded)
-    return [sample for sample in fitted if sample is not None], overlong, len(examples) - len(answered)
+    return _Split(
+        samples=[sample for sample in fitted if sample is not None],
+        overlong=sum(len(sample.token_ids) > config.seq_length for sample in encoded),
+        blank=len(examples) - len(answered),
+        fingerprint=fingerprint.hexdigest(),
+    )

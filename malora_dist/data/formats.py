@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from malora_dist.config import TaskConfig
 from malora_dist.data.chat import render_chat
-from malora_dist.data.records import Record, read_records, text_of
+from malora_dist.data.records import Fingerprint, Record, read_records, text_of
 from malora_dist.data.segments import Example, Segment
 from malora_dist.errors import ConfigError, DataError
 
@@ -81,18 +81,21 @@ _COLUMNS = {name: f.columns for name, f in _FORMATS.items()} | {"messages": ("me
 _BRACES = "write braces that are text as {{ and }}"
 
 
-def load_examples(task: TaskConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Example]:
+def load_examples(
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase | None = None, fingerprint: Fingerprint | None = None
+) -> list[Example]:
     """Read a task's records and render each into an :class:`Example`, in the file's order.
 
     Args:
         tokenizer: its chat template renders ``messages``; the other formats do not need it.
+        fingerprint: is given all that is read.
 
     Raises:
         DataError: the file or a record cannot be used; names ``FILE:LINE`` or the record's number.
         ConfigError: format or prompt_template do not fit the file.
     """
     name, examples = "", []
-    for where, record in read_records(task.path, task.split):
+    for where, record in read_records(task.path, task.split, fingerprint):
         if not name:
             name = _format_name(task, record, where)
             _check_template(task, name, record)

@@ -9,6 +9,7 @@ hub data sets and local data set folders, is read by ``datasets``.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,25 @@ Record = dict[str, Any]
 _SUFFIXES = (".json", ".jsonl")
 
 
-def read_records(path: str, split: str = "train") -> Iterator[tuple[str, Record]]:
+class Fingerprint:
+    """SHA-256 of what a reader has read: of a local file its bytes, of a data set its records."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, content: bytes) -> bytes:
+        """Take what comes next into account; returns it."""
+        self._hash.update(content)
+        return content
+
+    def hexdigest(self) -> str:
+        """The fingerprint of all content so far."""
+        return self._hash.hexdigest()
+
+
+def read_records(
+    path: str, split: str = "train", fingerprint: Fingerprint | None = None
+) -> Iterator[tuple[str, Record]]:
     """Yield (where, record), ``where`` being ``FILE:LINE`` or ``NAME: record N`` for messages.
 
     JSON Lines are streamed; a JSON array is held in memory while it is read.
@@ -31,13 +50,16 @@ def read_records(path: str, split: str = "train") -> Iterator[tuple[str, Record]
     Args:
         path: a local .json/.jsonl file, or anything ``datasets.load_dataset`` takes as a name.
         split: split of such a data set; a local file has only one.
+        fingerprint: is given all that is read, so that it is of the very bytes that become records.
 
     Raises:
         DataError: no such file or data set, malformed JSON, a row that is no object, no rows.
     """
+    fingerprint = fingerprint or Fingerprint()
     is_file = Path(path).suffix in _SUFFIXES
+    records = _file_records(Path(path), fingerprint) if is_file else _hub_records(path, split, fingerprint)
     count = 0
-    for where, record in _file_records(Path(path)) if is_file else _hub_records(path, split):
+    for where, record in records:
         if not isinstance(record, dict):
             raise DataError(f"{where}: a record must be a JSON object, not {_shown(record)}; mend or remove it")
         count += 1
@@ -68,18 +90,18 @@ def text_of(record: Record, column: str, where: str) -> str:
     return value
 
 
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_records(path: Path, fingerprint: Fingerprint) -> Iterator[tuple[str, Any]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; check the path, relative ones start at the working directory")
     with path.open("rb") as file:
         start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            records = _parse(file.read(), path, 1)
+            records = _parse(fingerprint.add(file.read()), path, 1)
             yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, start=1))
         else:
             for number, line in enumerate(file, start=1):
-                if line.strip():
+                if fingerprint.add(line).strip():
                     yield f"{path}:{number}", _parse(line.rstrip(), path, number)
 
 
@@ -97,7 +119,7 @@ def _parse(raw: bytes, path: Path, line: int) -> Any:
         ) from error
 
 
-def _hub_records(name: str, split: str) -> Iterator[tuple[str, Any]]:
+def _hub_records(name: str, split: str, fingerprint: Fingerprint) -> Iterator[tuple[str, Any]]:
     import datasets  # here, because it takes seconds to import and local files do not need it
 
     try:
@@ -110,6 +132,7 @@ def _hub_records(name: str, split: str) -> Iterator[tuple[str, Any]]:
             f"that can be loaded ({reason}); check path and split"
         ) from error
     for i, record in enumerate(dataset, start=1):
+        fingerprint.add(json.dumps(record, default=str).encode() + b"\n")
         yield f"{name}[{split}]: record {i}", record
 
 

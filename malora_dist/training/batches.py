@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from malora_dist.config import Config
 from malora_dist.data.batches import BatchLayout, Microbatch, train_microbatches, validation_microbatches
-from malora_dist.data.dataset import load_tasks
+from malora_dist.data.dataset import data_fingerprints, data_paths, load_tasks
 from malora_dist.data.schedule import SampleSchedule
+from malora_dist.errors import DataError
 from malora_dist.parallel.topology import Topology
 
 #: Sequences are padded to a multiple of this, so that few different shapes occur.
@@ -39,12 +40,15 @@ class GlobalCounts(NamedTuple):
 class BatchSource:
     """Training and validation microbatches for one rank of a layout.
 
+    Attributes:
+        fingerprints: of the data, see :func:`data_fingerprints`.
+
     Args:
         microbatch_multiple: every rank gets a multiple of so many microbatches, as interleaved
             pipeline schedules want.
 
     Raises:
-        DataError: from construction, for a file or record that cannot be used.
+        DataError: from construction, for a file or record that cannot be used, or that is not the same on all ranks.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class BatchSource:
     ) -> None:
         self._config, self._topology = config, topology
         self._tasks = load_tasks(config, tokenizer, config.seed)
+        self.fingerprints = data_fingerprints(self._tasks)
+        _check_same_on_all_ranks(self.fingerprints, data_paths(config), topology.device)
         self._schedule = SampleSchedule(
             [len(task.train) for task in self._tasks], [task.weight for task in config.data], config.seed
         )
@@ -114,3 +120,21 @@ class BatchSource:
             if isinstance(getattr(microbatch, field.name), Tensor)
         }
         return dataclasses.replace(microbatch, **moved)
+
+
+def _check_same_on_all_ranks(fingerprints: Mapping[str, str], paths: Mapping[str, str], device: torch.device) -> None:
+    """Refuse data that changed between the ranks' reading, or of which nodes hold different copies.
+
+    Raises:
+        DataError: on all ranks, naming the file and the ranks.
+    """
+    mine = torch.tensor([list(bytes.fromhex(digest)) for digest in fingerprints.values()], dtype=torch.uint8).to(device)
+    of_ranks = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, mine)
+    for rank, theirs in enumerate(of_ranks):
+        for i, name in enumerate(fingerprints):
+            if not torch.equal(theirs[i], of_ranks[0][i]):
+                raise DataError(
+                    f"{paths[name]}: ranks 0 and {rank} have read different contents ({name}); "
+                    "give all machines the same file, and do not change it while a run starts"
+                )
