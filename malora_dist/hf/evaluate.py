@@ -29,6 +29,7 @@ from malora_dist.config import TaskConfig
 from malora_dist.data.formats import Example, load_examples
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from malora_dist.files import path_argument
 from malora_dist.hf.keys import check_tensors
 
 
@@ -279,13 +280,13 @@ def _positive(text: str) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter directory")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="one file per task")
+    parser.add_argument("--hf-model", type=path_argument, required=True, metavar="DIR", help="Hugging Face model")
+    parser.add_argument("--adapter", type=path_argument, metavar="DIR", help="PEFT adapter directory")
+    parser.add_argument("--data", type=path_argument, nargs="+", required=True, metavar="FILE", help="a file per task")
     parser.add_argument("--max-samples", type=_positive, metavar="N", help="only the first N samples of each task")
     parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest generated answer")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="samples per forward pass")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the scores as JSON")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="also write the scores as JSON")
     parser.add_argument("--compare", action="store_true", help="score the base without the adapter as well")
     return parser.parse_args()
 
