@@ -137,6 +137,11 @@ class DataConfig:
         "samples above seq_length: `truncate` the prompt's start, `drop`, or `error`",
         choices=("truncate", "drop", "error"),
     )
+    corrupt_data: str = key(
+        "refuse",
+        "records that cannot be used (malformed JSON, a missing column, a wrong type): `refuse`, or `skip` and say so",
+        choices=("refuse", "skip"),
+    )
     packing: bool = key(False, "put several samples into one row of seq_length positions; they do not see one another")
     validation_samples: int = key(
         64, "samples held out per task that names no validation_path; 0: none", minimum=0, cure="set 0 for none"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,50 @@ def test_fingerprints_are_of_the_files_bytes(tmp_path: Path, tokenizer: PreTrain
     assert data_fingerprints(load_tasks(config, tokenizer, 1)) == {
         name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in data_paths(config).items()
     }
+
+
+BROKEN = [
+    '{"prompt": "p", "completion": ',  # cut off
+    '{"prompt": "p"}',
+    '{"prompt": "p", "completion": 3}',
+    "[1]",
+    '{"prompt": "p", "completion": "half \\ud800"}',
+    "[" * 100_000,
+    '{"prompt": "p", "completion": ' + "1" * 5000 + "}",
+    '{"prompt": "p\xff", "completion": "x"}',
+]
+
+
+@pytest.mark.parametrize("line", BROKEN, ids=lambda line: line[:40])
+@pytest.mark.parametrize("where", [0, 2])
+def test_records_that_cannot_be_used(line: str, where: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    if line.startswith("[") and where == 0:
+        pytest.skip("the file is then one array")
+    write(file := tmp_path / "t.jsonl", 6)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:where], line.encode("latin-1") + b"\n", *lines[where:]]))
+    task = TaskConfig(path=str(file))
+    with pytest.raises(DataError, match=rf"^{re.escape(str(file))}:{where + 1}: [^\n]*$"):
+        load(tokenizer, task)
+    [skipping] = load(tokenizer, task, corrupt_data="skip", validation_samples=0)
+    assert (len(skipping.train), skipping.skipped) == (6, 1)
+    assert f", 1 corrupt and skipped, for example\n{file}:{where + 1}: " in skipping.report
+    file.write_bytes(b"{}\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=r"none of its 2 records can be used, for example .*t\.jsonl:1: "):
+        load(tokenizer, task, corrupt_data="skip")
+
+
+def test_skipped_records_are_counted_and_the_first_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write(file := tmp_path / "t.jsonl", 6)
+    file.write_text(file.read_text() + '{"prompt": "p"}\n' * 1234)
+    [task] = load(tokenizer, TaskConfig(path=str(file), prompt_template="{prompt}?"), corrupt_data="skip")
+    first, *told = task.report.splitlines()
+    assert first.endswith(", 1,234 corrupt and skipped, for example")
+    assert told == task.skip_reasons
+    assert [line.partition(": ")[0] for line in task.skip_reasons] == [f"{file}:{n}" for n in (7, 8, 9)]
+
+
+@pytest.mark.parametrize("template", ["{prompt:>99999}", "{prompt:{prompt}}", "{prompt.__class__}", "{prompt[0]}"])
+def test_templates_only_fill_in_columns(template: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"^data\[t\]\.prompt_template="):
+        load(tokenizer, TaskConfig(path=write(tmp_path / "t.jsonl", 6), prompt_template=template))
