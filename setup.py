@@ -30,7 +30,7 @@ setup(
         "safetensors",
         "tokenizers",
         "jinja2",  # chat templates
-        "omegaconf>=2.3",
+        "omegaconf>=2.4",
         "pyyaml",
         "tensorboard",
         "tqdm",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from malora_dist.errors import ConfigError
 from malora_dist.fields import check_fields, key
+from malora_dist.files import is_regular_file
 from malora_dist.methods.spec import AdapterSpec
 
 _OFF_AT_0 = "set 0 to switch it off"
@@ -338,6 +339,5 @@ def _check_training(c: Config) -> None:
     warmup = f"must be below train_iters={c.train_iters}"
     _require(c.lr_warmup_iters < c.train_iters, c, "lr_warmup_iters", warmup, "lower it")
     for name in ("save", "tensorboard_dir"):
-        is_file = Path(getattr(c, name)).is_file()
-        _require(not is_file, c, name, "is a file, must be a directory", "name another")
+        _require(not is_regular_file(getattr(c, name)), c, name, "is a file, must be a directory", "name another")
     _require(not c.save_interval or bool(c.save), c, "save_interval", "has no effect without save", "set save=DIR")

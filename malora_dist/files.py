@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from malora_dist.errors import CheckpointError, MaloraError
+from malora_dist.errors import CheckpointError, MaloraError, first_line
 
 
 def path_argument(text: str) -> Path:
@@ -30,6 +30,14 @@ def is_regular_file(path: str | Path) -> bool:
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):  # ValueError: a NUL or half a surrogate pair in the name
+        return False
+
+
+def is_same_file(a: str, b: str) -> bool:
+    """Whether two names lead to one file, by links or otherwise; equal names do, be there a file or not."""
+    try:
+        return a == b or os.path.samefile(a, b)
+    except (OSError, ValueError):
         return False
 
 
@@ -86,12 +94,6 @@ def file_within(directory: Path, name: object, index: Path) -> Path:
     if not isinstance(name, str) or name in ("", ".", "..") or os.sep in name or "\0" in name:
         raise CheckpointError(f"{index}: names the file {name!r}, must be a name in the same directory; copy it again")
     return directory / name
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, on one line; its type if it says nothing."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def check_replaceable(target: Path, layout: Collection[str], also_part: bool = False) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from malora_dist.config import DataConfig, TaskConfig
@@ -14,6 +13,7 @@ from malora_dist.data.reading import Reading
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import ConfigError, DataError
+from malora_dist.files import is_same_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,7 +110,7 @@ class _Split:
 
 def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskDataset:
     name = task.label
-    if task.validation_path and Path(task.validation_path).resolve() == Path(task.path).resolve():
+    if task.validation_path and is_same_file(task.validation_path, task.path):
         rule = "is the task's training file"
         cure = "name another file, or remove it to hold samples out"
         raise ConfigError(f"data[{name}].validation_path", task.validation_path, rule, cure)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from malora_dist.data.reading import Reading
-from malora_dist.errors import DataError
-from malora_dist.files import first_line, is_regular_file
+from malora_dist.errors import DataError, first_line
+from malora_dist.files import is_regular_file
 
 #: One row: {column: value}.
 Record = dict[str, Any]
