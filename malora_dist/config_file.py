@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from malora_dist.config import Config, TaskConfig
 from malora_dist.errors import ConfigError, first_line
@@ -130,8 +130,11 @@ def _assign(config: DictConfig, key: str, value: Any) -> None:
                 _assign(config, f"data[{i}].{name}", inner)
         return
     _check_interpolations(key, value)
-    rule, example = _TYPES[str(_find_field(config, key, value).type)]
+    kind = str(_find_field(config, key, value).type)
+    rule, example = _TYPES[kind]
     try:
+        if kind == "list[str]" and isinstance(value, list) and any(isinstance(entry, list | dict) for entry in value):
+            raise ValidationError("a list in a list")  # which omegaconf lets pass
         OmegaConf.update(config, key, value)
     except (OmegaConfBaseException, OverflowError, RecursionError) as error:  # OverflowError: no float is so large
         raise ConfigError(key, value, f"must be {rule}", f"write for example {key}={example}") from error

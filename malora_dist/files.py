@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,26 @@ def read_json_object(file: Path, error: type[MaloraError], cure: str) -> dict[st
     if not isinstance(raw, dict):
         raise error(f"{file}: is not a JSON object; {cure}")
     return raw
+
+
+@contextmanager
+def foreign_reader(
+    source: object, cure: str, problem: str = "cannot be read", error: type[MaloraError] = CheckpointError
+) -> Iterator[None]:
+    """A block in which a library reads what may be damaged; whatever that raises becomes one line.
+
+    transformers, tokenizers, safetensors and PEFT meet damage in the middle of their work, with exceptions of any type;
+    a panic of Rust is not even an Exception.
+
+    Args:
+        source: the file or directory that is read.
+    """
+    try:
+        yield
+    except (MaloraError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as cause:
+        raise error(f"{source}: {problem} ({' '.join(first_line(cause).split())}); {cure}") from cause
 
 
 def file_within(directory: Path, name: object, index: Path) -> Path:

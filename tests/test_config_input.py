@@ -35,6 +35,7 @@ def load(folder: Path, text: str, *overrides: str) -> Config:
         (BASE + "save: '  '", "save='  ': is blank"),
         (BASE + "data: [{path: '  '}]", "is not valid YAML"),
         ("pretrained_checkpoint: x\ndata: [{path: '  '}]", "data[0].path='  ': is required"),
+        (BASE + "recompute_modules: [[]]", "recompute_modules=[[]]: must be a list of names"),
         ("include: " + "x" * 5000, "is not a file, but"),
         ("include: /dev/zero", "is not a file, but"),
         ("include: fifo", "is not a file, but"),

@@ -26,6 +26,7 @@ class Layer:
 LAYERS = {
     "errors": Layer(""),
     "files": Layer("errors"),
+    "pretrained": Layer("errors files"),
     "fields": Layer("errors"),
     "registry": Layer("errors"),
     "methods": Layer("errors fields registry"),
@@ -38,10 +39,12 @@ LAYERS = {
     "layers": Layer("methods kernels exchange parallel", megatron=True),
     "models": Layer("errors methods config exchange parallel layers families", megatron=True),
     "data": Layer("errors files config"),
-    "checkpoint": Layer("errors files methods config config_file parallel families layers", megatron=True),
+    "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
     "metrics": Layer("methods config kernels parallel exchange families layers models checkpoint"),
-    "training": Layer("errors config parallel exchange families layers models data checkpoint metrics", megatron=True),
-    "hf": Layer("errors files methods config kernels data"),
+    "training": Layer(
+        "errors config parallel exchange families layers models data checkpoint metrics pretrained", megatron=True
+    ),
+    "hf": Layer("errors files methods config kernels data pretrained"),
     "train": Layer("errors files config_file parallel exchange training"),
 }
 #: The only file that may import fmoe.
