@@ -6,6 +6,7 @@ raising anything that is no :class:`MaloraError`. tests/test_fuzzing.py runs eac
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import random
@@ -138,6 +139,7 @@ def politely(read: Callable[[], Any]) -> Any:
 def models() -> Path:
     """A folder with a Llama in one file (`llama`) and in several (`shards`), and adapters of it (`malora`, `lora`)."""
     folder = Path(tempfile.mkdtemp(prefix="malora-fuzzing-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_llama(folder / "llama", num_hidden_layers=1, hidden_size=16, intermediate_size=8)
     (folder / "llama" / "chat_template.jinja").write_text(_CHAT)
     shutil.copytree(folder / "llama", folder / "shards")
