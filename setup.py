@@ -30,7 +30,7 @@ setup(
         "safetensors",
         "tokenizers",
         "jinja2",  # chat templates
-        "omegaconf>=2.3",
+        "omegaconf>=2.4",
         "pyyaml",
         "tensorboard",
         "tqdm",
@@ -39,5 +39,8 @@ setup(
         "packaging",
         "psutil",  # megatron-core saves checkpoints with it without asking for it
     ],
-    extras_require={"dev": ["pytest", "ruff", "mypy", "matplotlib"], "benchmarks": ["matplotlib"]},
+    extras_require={
+        "dev": ["pytest", "hypothesis>=6.100,<7", "ruff", "mypy", "matplotlib"],
+        "benchmarks": ["matplotlib"],
+    },
 )

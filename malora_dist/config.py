@@ -13,6 +13,7 @@ from pathlib import Path
 
 from malora_dist.errors import ConfigError
 from malora_dist.fields import check_fields, key
+from malora_dist.files import is_regular_file
 from malora_dist.methods.spec import AdapterSpec
 
 #: What an evaluation measures, and whether more of it is better; of one task with ``/TASK`` behind it.
@@ -142,6 +143,11 @@ class DataConfig:
         "truncate",
         "samples above seq_length: `truncate` the prompt's start, `drop`, or `error`",
         choices=("truncate", "drop", "error"),
+    )
+    corrupt_data: str = key(
+        "refuse",
+        "records that cannot be used (malformed JSON, a missing column, a wrong type): `refuse`, or `skip` and say so",
+        choices=("refuse", "skip"),
     )
     packing: bool = key(False, "put several samples into one row of seq_length positions; they do not see one another")
     validation_samples: int = key(
@@ -376,8 +382,7 @@ def _check_training(c: Config) -> None:
     warmup = f"must be below train_iters={c.train_iters}"
     _require(c.lr_warmup_iters < c.train_iters, c, "lr_warmup_iters", warmup, "lower it")
     for name in ("save", "tensorboard_dir"):
-        is_file = Path(getattr(c, name)).is_file()
-        _require(not is_file, c, name, "is a file, must be a directory", "name another")
+        _require(not is_regular_file(getattr(c, name)), c, name, "is a file, must be a directory", "name another")
     _check_early_stopping(c)
     _require(not c.keep_best or c.eval_iters > 0, c, "keep_best", "needs evaluations", "set eval_iters=8")
     _require(not c.save_interval or bool(c.save), c, "save_interval", "has no effect without save", "set save=DIR")

@@ -11,13 +11,18 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from malora_dist.config import Config, TaskConfig
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, first_line
+from malora_dist.files import is_regular_file
 
 #: How a key of a task is written: data[0].weight.
 _TASK_KEY = re.compile(r"data\[(?P<index>\d+)\]\.(?P<name>\w+)")
+#: The start of an interpolation that is more than the name of another key: ${oc.env:HOME}, ${${save}}.
+_RESOLVER = re.compile(r"(?<!\\)(?:\\\\)*\$\{(?![\w.\[\]]+\})")
+#: Most files that include one another.
+_MOST_INCLUDES = 10
 #: {type of a field: (what its values are, an example)}.
 _TYPES = {
     "int": ("a whole number", "8"),
@@ -45,7 +50,8 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     directory.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key, or a value of the wrong type.
+        ConfigError: no such file, not YAML, an unknown key, a value of the wrong type, or one that would be read
+            from the environment, which could be a secret and would be saved with the run.
     """
     config = OmegaConf.structured(Config)
     for key, value in _read_yaml(Path(path)).items() if path is not None else ():
@@ -58,7 +64,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     try:
         loaded = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # a ${...} that leads nowhere
-        raise ConfigError(str(error.full_key), "${...}", _first_line(error), "write the value itself") from error
+        raise ConfigError(
+            error.full_key or "--config", "${...}", first_line(error), "write the value itself"
+        ) from error
     assert isinstance(loaded, Config)
     return loaded
 
@@ -69,7 +77,7 @@ def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
     Args:
         includers: the files whose ``include`` led here.
     """
-    if not file.is_file():
+    if not is_regular_file(file):
         raise ConfigError("--config", str(file), "is not a file", "name a YAML file, for example one of configs/")
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(file))
@@ -79,21 +87,24 @@ def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
     except (
         yaml.YAMLError,
         OmegaConfBaseException,
-        ValueError,
+        ValueError,  # not a text
         OSError,
-    ) as error:  # ValueError: not a text
-        rule = f"cannot be read as YAML ({_first_line(error)})"
+        RecursionError,  # brackets in brackets in brackets ...
+    ) as error:
+        rule = f"cannot be read as YAML ({first_line(error)})"
         raise ConfigError("--config", str(file), rule, "name a text file of `key: value` lines") from error
     if not isinstance(loaded, dict):
         raise ConfigError("--config", str(file), "holds a list", "write `key: value` lines")
     if "include" not in loaded:
         return loaded
     included = file.parent / str(loaded.pop("include"))
-    if not included.is_file():
+    if not is_regular_file(included):
         raise ConfigError("include", str(included), f"is not a file, but {file} names it", "write it relative to there")
     chain = (*includers, file.resolve())
     if included.resolve() in chain:
         raise ConfigError("include", str(included), "leads back to itself", f"take it out of {file}")
+    if len(chain) > _MOST_INCLUDES:
+        raise ConfigError("include", str(included), f"is included through {len(chain)} files", "join some of them")
     return _read_yaml(included, chain) | loaded
 
 
@@ -101,8 +112,10 @@ def _parse_value(key: str, text: str) -> Any:
     """The value of an override, read as YAML, ``${...}`` unresolved."""
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: a number of thousands of digits
-        rule = f"is not valid YAML ({_first_line(error)})"
+    except (  # ValueError: a number of thousands of digits
+        yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError
+    ) as error:  # fmt: skip
+        rule = f"is not valid YAML ({first_line(error)})"
         raise ConfigError(key, text, rule, "close brackets and quotes") from error
     assert isinstance(parsed, dict)
     return parsed["value"]
@@ -116,11 +129,25 @@ def _assign(config: DictConfig, key: str, value: Any) -> None:
             for name, inner in task.items():
                 _assign(config, f"data[{i}].{name}", inner)
         return
-    rule, example = _TYPES[str(_find_field(config, key, value).type)]
+    _check_interpolations(key, value)
+    kind = str(_find_field(config, key, value).type)
+    rule, example = _TYPES[kind]
     try:
+        if kind == "list[str]" and isinstance(value, list) and any(isinstance(entry, list | dict) for entry in value):
+            raise ValidationError("a list in a list")  # which omegaconf lets pass
         OmegaConf.update(config, key, value)
-    except (OmegaConfBaseException, OverflowError) as error:  # OverflowError: more than a float can hold
+    except (OmegaConfBaseException, OverflowError, RecursionError) as error:  # OverflowError: no float is so large
         raise ConfigError(key, value, f"must be {rule}", f"write for example {key}={example}") from error
+
+
+def _check_interpolations(key: str, value: Any) -> None:
+    """Refuse ``${oc.env:NAME}`` and whatever else omegaconf would compute: ``${...}`` names another key."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_interpolations(key, inner)
+    elif isinstance(value, str) and _RESOLVER.search(value):
+        rule = "${...} must hold the name of another key; what is read from the environment would be saved with the run"
+        raise ConfigError(key, value, rule, f'write `{key}="$NAME"` on the command line')
 
 
 def _find_field(config: DictConfig, key: str, value: Any) -> dataclasses.Field[Any]:
@@ -142,7 +169,3 @@ def _find_field(config: DictConfig, key: str, value: Any) -> dataclasses.Field[A
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration as YAML."""
     OmegaConf.save(OmegaConf.structured(config), path)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -25,6 +25,27 @@ def stopped_exit_code(number: int) -> int:
     return 128 + number
 
 
+#: Longest value in a message.
+_LONGEST = 300
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, on one line that is not too long; its type if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:_LONGEST] if text else type(error).__name__
+
+
+def shown(value: object) -> str:
+    """``repr`` for a message, cut if it is long."""
+    if isinstance(value, str) and len(value) > _LONGEST:
+        return repr(f"{value[:_LONGEST]}...")
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists in lists ...
+        return f"a {type(value).__name__} too long to be shown"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
 class MaloraError(ValueError):
     """Base of all errors caused by the user's input rather than by a bug."""
 
@@ -41,7 +62,7 @@ class ConfigError(MaloraError):
 
     def __init__(self, key: str, value: object, rule: str, cure: str) -> None:
         self.key = key
-        super().__init__(f"{key}={value!r}: {rule}; {cure}")
+        super().__init__(f"{key}={shown(value)}: {rule}; {cure}")
 
 
 class DataError(MaloraError):
@@ -77,7 +98,8 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
             if rank != 0:
                 time.sleep(15.0)
             prefix = f"[rank {rank}] " if rank != 0 else ""
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+            message = " ".join(str(error).splitlines())  # names of files may hold line breaks
+            print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
             sys.exit(EXIT_CODE)
 
     return wrapped

@@ -105,6 +105,8 @@ def check_fields(config: Any, prefix: str = "", of: type | None = None) -> None:
 def _check_value(name: str, value: Any, rules: Rules) -> None:
     if rules.required and not (value.strip() if isinstance(value, str) else value):
         raise ConfigError(name, value, "is required", rules.cure or "set it")
+    if isinstance(value, str):
+        _check_text(name, value)
     if isinstance(value, list):
         for i, entry in enumerate(value):
             if dataclasses.is_dataclass(entry):
@@ -116,6 +118,13 @@ def _check_value(name: str, value: Any, rules: Rules) -> None:
         raise ConfigError(name, value, rule, rules.cure or "choose one of them")
     elif isinstance(value, int | float):
         _check_number(name, value, rules)
+
+
+def _check_text(name: str, value: str) -> None:
+    if value and not value.strip():
+        raise ConfigError(name, value, "is blank", "write a text, or nothing")
+    if "\0" in value or (not value.isascii() and value.encode(errors="replace") != value.encode(errors="ignore")):
+        raise ConfigError(name, value, "holds what neither a file name nor UTF-8 can hold", "write it again")
 
 
 def _check_number(name: str, value: float, rules: Rules) -> None:

@@ -10,13 +10,14 @@ import faulthandler
 import logging
 
 from malora_dist.errors import exit_on_user_error
+from malora_dist.files import path_argument
 from malora_dist.parallel.process_life import end_with_agent
 from malora_dist.parallel.versions import check_versions
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="malora_dist.train", description=__doc__)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of config keys (docs/config.md)")
+    parser.add_argument("--config", type=path_argument, metavar="FILE", help="YAML file of keys (docs/config.md)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys that override the file")
     return parser.parse_args()
 

@@ -28,10 +28,11 @@ def train_main(arguments: list[str]) -> Ended:
     """
     from malora_dist import train
 
+    rank = os.environ.get("RANK", "0")
     stdout, stderr = io.StringIO(), io.StringIO()
     code: object = 0
     with (
-        patch.object(sys, "argv", ["malora_dist.train", *(a.replace("$RANK", os.environ["RANK"]) for a in arguments)]),
+        patch.object(sys, "argv", ["malora_dist.train", *(a.replace("$RANK", rank) for a in arguments)]),
         patch("malora_dist.errors.time.sleep"),
         redirect_stdout(stdout),
         redirect_stderr(stderr),

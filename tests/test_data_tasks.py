@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,73 @@ def test_fingerprints_are_of_the_files_bytes(tmp_path: Path, tokenizer: PreTrain
     array.write_text('[{"prompt": "p", "completion": "x"}]\n')
     config = DataConfig(data=[TaskConfig("a", train, other), TaskConfig("b", str(array))])
     assert data_paths(config) == {"a/train": train, "a/validation": other, "b/train": str(array)}
-    assert data_fingerprints(load_tasks(config, tokenizer, 1)) == {
+    found = data_fingerprints(load_tasks(config, tokenizer, 1))
+    assert {name: digest for name, digest in found.items() if not name.endswith("/split")} == {
         name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in data_paths(config).items()
     }
+
+
+def test_the_fingerprint_of_a_split_is_of_its_records(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """It changes with the seed, the task's name and the number held out, and not with the place of the file."""
+    write(tmp_path / "a.jsonl", 30)
+    (tmp_path / "b").mkdir()
+    write(tmp_path / "b" / "a.jsonl", 30)
+
+    def split(seed: int = 1, held_out: int = 4, **task: str) -> str:
+        config = DataConfig(
+            data=[TaskConfig(**{"path": str(tmp_path / "a.jsonl")} | task)], validation_samples=held_out
+        )
+        [found] = load_tasks(config, tokenizer, seed)
+        return found.fingerprints["split"]
+
+    assert split() == split(path=str(tmp_path / "b" / "a.jsonl"))
+    assert len({split(), split(seed=2), split(held_out=3), split(name="other")}) == 4
+
+
+BROKEN = [
+    '{"prompt": "p", "completion": ',  # cut off
+    '{"prompt": "p"}',
+    '{"prompt": "p", "completion": 3}',
+    "[1]",
+    '{"prompt": "p", "completion": "half \\ud800"}',
+    "[" * 100_000,
+    '{"prompt": "p", "completion": ' + "1" * 5000 + "}",
+    '{"prompt": "p\xff", "completion": "x"}',
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "where"),
+    # a file that starts with a bracket is one array
+    [(line, where) for line in BROKEN for where in (0, 2) if where or not line.startswith("[")],
+    ids=lambda value: str(value)[:40],
+)
+def test_records_that_cannot_be_used(line: str, where: int, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write(file := tmp_path / "t.jsonl", 6)
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:where], line.encode("latin-1") + b"\n", *lines[where:]]))
+    task = TaskConfig(path=str(file))
+    with pytest.raises(DataError, match=rf"^{re.escape(str(file))}:{where + 1}: [^\n]*$"):
+        load(tokenizer, task)
+    [skipping] = load(tokenizer, task, corrupt_data="skip", validation_samples=0)
+    assert (len(skipping.train), skipping.skipped) == (6, 1)
+    assert f", 1 corrupt and skipped, for example\n{file}:{where + 1}: " in skipping.report
+    file.write_bytes(b"{}\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(DataError, match=r"none of its 2 records can be used, for example .*t\.jsonl:1: "):
+        load(tokenizer, task, corrupt_data="skip")
+
+
+def test_skipped_records_are_counted_and_the_first_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    write(file := tmp_path / "t.jsonl", 6)
+    file.write_text(file.read_text() + '{"prompt": "p"}\n' * 1234)
+    [task] = load(tokenizer, TaskConfig(path=str(file), prompt_template="{prompt}?"), corrupt_data="skip")
+    first, *told = task.report.splitlines()
+    assert first.endswith(", 1,234 corrupt and skipped, for example")
+    assert told == task.skip_reasons
+    assert [line.partition(": ")[0] for line in task.skip_reasons] == [f"{file}:{n}" for n in (7, 8, 9)]
+
+
+@pytest.mark.parametrize("template", ["{prompt:>99999}", "{prompt:{prompt}}", "{prompt.__class__}", "{prompt[0]}"])
+def test_templates_only_fill_in_columns(template: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match=r"^data\[t\]\.prompt_template="):
+        load(tokenizer, TaskConfig(path=write(tmp_path / "t.jsonl", 6), prompt_template=template))

@@ -157,7 +157,7 @@ def test_command_compares_before_and_after(
     ("wrong", "message"),
     [
         (["--hf-model", "{tmp}"], "is not a Hugging Face model"),
-        (["--hf-model", "{broken}"], "cannot be loaded"),
+        (["--hf-model", "{broken}"], "has no model.safetensors"),
         (["--adapter", "{model}"], "is not a PEFT adapter"),
         (["--data", "{empty}"], "holds no records"),
         (["--compare"], "needs|compares an adapter"),

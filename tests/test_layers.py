@@ -25,24 +25,28 @@ class Layer:
 #: Lowest first: a row may only name rows above it. docs/architecture.md gives the reasons.
 LAYERS = {
     "errors": Layer(""),
+    "files": Layer("errors"),
+    "pretrained": Layer("errors files"),
     "fields": Layer("errors"),
     "registry": Layer("errors"),
     "methods": Layer("errors fields registry"),
-    "config": Layer("errors fields methods"),
-    "config_file": Layer("errors config"),
+    "config": Layer("errors files fields methods"),
+    "config_file": Layer("errors files config"),
     "kernels": Layer("methods"),
     "parallel": Layer("errors config", megatron=True),
     "exchange": Layer("errors registry methods config kernels parallel"),
-    "families": Layer("errors registry methods"),
+    "families": Layer("errors files registry methods"),
     "layers": Layer("methods kernels exchange parallel", megatron=True),
     "models": Layer("errors methods config exchange parallel layers families", megatron=True),
-    "data": Layer("errors config"),
-    "checkpoint": Layer("errors methods config config_file parallel families layers", megatron=True),
+    "data": Layer("errors files config"),
+    "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
     "metrics": Layer("methods config kernels parallel exchange families layers models checkpoint"),
-    "training": Layer("errors config parallel exchange families layers models data checkpoint metrics", megatron=True),
-    "hf": Layer("errors methods config kernels data"),
+    "training": Layer(
+        "errors config parallel exchange families layers models data checkpoint metrics pretrained", megatron=True
+    ),
+    "hf": Layer("errors files methods config kernels data pretrained"),
     "launch": Layer("errors"),
-    "train": Layer("errors config_file parallel exchange training"),
+    "train": Layer("errors files config_file parallel exchange training"),
 }
 #: The only file that may import fmoe.
 FMOE_FILE = PACKAGE / "exchange" / "fastmoe.py"

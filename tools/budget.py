@@ -28,6 +28,7 @@ from malora_dist.config_file import load_config
 from malora_dist.errors import ConfigError, exit_on_user_error
 from malora_dist.families.base import DecoderConfig, family_of, projection_widths
 from malora_dist.families.shapes import SHAPES, base_parameters, released_config
+from malora_dist.files import path_argument
 from malora_dist.methods.base import METHODS
 from malora_dist.methods.budget import rank_rule
 from malora_dist.methods.comparison import Base, Candidate, others_as_large_as
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--hf-model", type=Path, metavar="DIR", help="a Hugging Face Llama, or its config.json alone")
+    model.add_argument("--hf-model", type=path_argument, metavar="DIR", help="a Hugging Face Llama, or its config.json")
     model.add_argument("--shape", default="llama2-7b", help=f"instead: {' or '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="config files, one row each")
     parser.add_argument("--match", action="store_true", help="all methods as large as the one of the config")
@@ -123,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--solve", choices=("lora_rank", "shared_dim"), help="with --match: what is chosen (default: lora_rank)"
     )
     parser.add_argument("--rank-rule", type=int, metavar="R", help="MALoRA for MoLoRA of rank R")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers as JSON")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="also write the numbers as JSON")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys")
     return parser
 

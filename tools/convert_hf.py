@@ -29,6 +29,7 @@ from malora_dist.checkpoint.convert import (
 )
 from malora_dist.checkpoint.inspection import inspect
 from malora_dist.errors import CheckpointError, exit_on_user_error
+from malora_dist.files import path_argument
 
 
 def run_import(args: argparse.Namespace) -> str:
@@ -111,11 +112,15 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...], 
     "verify": (run_verify, (), ()),
 }
 OPTIONS: dict[str, dict] = {
-    "hf-model": {"type": Path, "metavar": "DIR", "help": "the Hugging Face model to read"},
-    "megatron-path": {"type": Path, "metavar": "DIR", "help": "the converted base, or the `save` directory of a run"},
-    "hf-path": {"type": Path, "metavar": "DIR", "help": "the Hugging Face directory to write; must not exist"},
-    "adapter": {"type": Path, "metavar": "DIR", "help": "the PEFT adapter to read"},
-    "base": {"type": Path, "metavar": "DIR", "help": "the converted model that the adapter belongs to"},
+    "hf-model": {"type": path_argument, "metavar": "DIR", "help": "the Hugging Face model to read"},
+    "megatron-path": {
+        "type": path_argument,
+        "metavar": "DIR",
+        "help": "the converted base, or `save` of a run",
+    },
+    "hf-path": {"type": path_argument, "metavar": "DIR", "help": "the Hugging Face directory to write; must not exist"},
+    "adapter": {"type": path_argument, "metavar": "DIR", "help": "the PEFT adapter to read"},
+    "base": {"type": path_argument, "metavar": "DIR", "help": "the converted model that the adapter belongs to"},
     "fuse-projections": {"action": "store_true", "help": "store once what q, k, v and what gate, up have in common"},
     "max-shard-bytes": {"type": int, "default": DEFAULT_SHARD_BYTES, "help": "largest safetensors file"},
 }

@@ -33,6 +33,7 @@ from malora_dist.data.records import read_records
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.data.synthetic import Sample, base_samples, write_split, write_tasks
 from malora_dist.errors import DataError, exit_on_user_error
+from malora_dist.files import path_argument
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # with the 256 bytes an even vocabulary, which TP=2 and 4 divide
 
@@ -177,8 +178,10 @@ def split_files(files: Sequence[Path], folder: Path, seed: int) -> list[Path]:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where data/ and base/ are written")
-    parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="split these and make no base")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="where data/ and base/ are written"
+    )
+    parser.add_argument("--data", type=path_argument, nargs="+", metavar="FILE", help="split these and make no base")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--steps", type=int, default=350, help="training steps of the base (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of the base (default: %(default)s)")

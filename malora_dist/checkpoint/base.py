@@ -22,6 +22,7 @@ from pathlib import Path
 from malora_dist.checkpoint.manifest import MANIFEST_FILE, sync
 from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.errors import CheckpointError
+from malora_dist.files import check_replaceable, put_in_place, resolved
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 INFO_FILE = "malora_base.json"
@@ -161,25 +162,21 @@ def staged_directory(target: Path, layout: Collection[str] = ()) -> Iterator[Pat
             nothing else is there.
 
     Raises:
-        CheckpointError: `target` holds anything else.
+        CheckpointError: `target` holds anything else, or is a place that is never replaced.
     """
-    target = Path(target).resolve()
-    if target.is_mount():
-        raise CheckpointError(f"{target}: is a mount point, which cannot be replaced; name a directory inside it")
-    if target.exists():
-        found = {entry.name for entry in target.iterdir()} if target.is_dir() else {target.name}
-        if found and found - {MANIFEST_FILE} != set(layout):
-            raise CheckpointError(
-                f"{target}: exists and is not an earlier result of this command ({min(found)} is there); "
-                "name another directory or remove it"
-            )
+    target = resolved(target)
+    check_replaceable(target, _layout_of(target, layout))
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     staging.mkdir(parents=True)
     try:
         yield staging
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
+        check_replaceable(target, _layout_of(target, layout))  # again, since that may have taken hours
+        put_in_place(staging, target)
         sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _layout_of(target: Path, layout: Collection[str]) -> set[str]:
+    """The layout with or without its manifest, which earlier versions did not write."""
+    return {*layout, *([MANIFEST_FILE] if (target / MANIFEST_FILE).exists() else [])}

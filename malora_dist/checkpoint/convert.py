@@ -43,6 +43,7 @@ from malora_dist.families.conversion import (
 )
 from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 from malora_dist.parallel.device import without_expected_warnings
+from malora_dist.pretrained import check_companions
 
 DEFAULT_SHARD_BYTES = 4 * 10**9
 
@@ -61,6 +62,7 @@ def import_hf(hf_model: Path, megatron_path: Path) -> BaseInfo:
     """
     hf_model = Path(hf_model)
     family, weights = _open_hf(hf_model)
+    check_companions(hf_model)
     chunks = conversion_map(family)
     _check_one_dtype_per_stack(hf_model, weights, chunks)
     fingerprint = Fingerprint()

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, first_line
 
 #: {module: names} that a `.metadata` may refer to, besides torch's dtypes.
 _ALLOWED = {
@@ -92,10 +92,6 @@ def check_object(source: Path | BinaryIO, name: str) -> None:
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error):
             raise CheckpointError(f"{name}: holds more than tensors and plain values; {_UNSAFE}") from error
-        raise CheckpointError(f"{name}: is cut off or damaged ({_first_line(error)}); {_DAMAGED}") from error
+        raise CheckpointError(f"{name}: is cut off or damaged ({first_line(error)}); {_DAMAGED}") from error
     except Exception as error:  # as above, and torch's own RuntimeError of a broken archive
-        raise CheckpointError(f"{name}: is cut off or damaged ({_first_line(error)}); {_DAMAGED}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{name}: is cut off or damaged ({first_line(error)}); {_DAMAGED}") from error

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from malora_dist.errors import CheckpointError
+from malora_dist.files import foreign_reader, is_regular_file
+from malora_dist.pretrained import weight_map
 
 
 class HfWeights:
@@ -27,54 +31,42 @@ class HfWeights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._files: dict[str, Path] = {}
-        listed = _weight_map(directory)
-        for file in sorted({directory / name for name in listed.values()} or {directory / "model.safetensors"}):
+        listed = weight_map(directory)
+        for file in sorted(set(listed.values()) or {directory / "model.safetensors"}):
             self._read_header(file)
-        for key, name in listed.items():
-            if self._files.get(key) != directory / name:
+        for key, file in listed.items():
+            if self._files.get(key) != file:
                 raise CheckpointError(
-                    f"{directory / name}: has no tensor {key!r}, which the index places there; copy the model again"
+                    f"{file}: has no tensor {key!r}, which the index places there; copy the model again"
                 )
 
     def _read_header(self, file: Path) -> None:
-        if not file.is_file():
+        if not is_regular_file(file):
             raise CheckpointError(f"{file}: is missing, but the index names it; complete the model")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (not a mapping)
-                    if key in self._files:
-                        other = self._files[key].name
-                        raise CheckpointError(f"{file}: tensor {key!r} is also in {other}; copy the model again")
-                    view = opened.get_slice(key)
-                    self._files[key] = file
-                    self.shapes[key] = tuple(view.get_shape())
-                    self.dtypes[key] = view[0:0].dtype if view.get_shape() else opened.get_tensor(key).dtype
-        except SafetensorError as error:
-            raise CheckpointError(f"{file}: is not a whole safetensors file ({error}); copy it again") from error
+        with self._opened(file) as opened:
+            for key in opened.keys():  # noqa: SIM118 (not a mapping)
+                if key in self._files:
+                    other = self._files[key].name
+                    raise CheckpointError(f"{file}: tensor {key!r} is also in {other}; copy the model again")
+                view = opened.get_slice(key)
+                self._files[key] = file
+                self.shapes[key] = tuple(view.get_shape())
+                self.dtypes[key] = view[0:0].dtype if view.get_shape() else opened.get_tensor(key).dtype
+
+    @staticmethod
+    @contextmanager
+    def _opened(file: Path) -> Iterator[Any]:
+        with (
+            foreign_reader(file, "copy it again", "is not a whole safetensors file"),
+            safe_open(file, framework="pt") as opened,
+        ):
+            yield opened
 
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU."""
-        with safe_open(self._files[key], framework="pt") as opened:
-            return opened.get_tensor(key)
-
-
-def _weight_map(directory: Path) -> dict[str, str]:
-    """{key: file name} of a sharded model's index; empty for a model in one file."""
-    # As transformers: the single file goes first.
-    if (directory / "model.safetensors").is_file():
-        return {}
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index}: is not an index of safetensors files; copy it again") from error
-    if any(directory.glob("*.bin")):
-        raise CheckpointError(
-            f"{directory}: holds its weights as .bin files, must be safetensors; save it again with "
-            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
-    raise CheckpointError(f"{directory}: has no model.safetensors and no {index.name}; download the weights")
+        with self._opened(self._files[key]) as opened:
+            tensor: Tensor = opened.get_tensor(key)
+            return tensor
 
 
 class Fingerprint:

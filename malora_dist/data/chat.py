@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from malora_dist.data.records import Record, text_of
+from malora_dist.data.records import Record, text_of, writable
 from malora_dist.data.segments import Example, Segment
 from malora_dist.errors import DataError
+from malora_dist.files import foreign_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +48,8 @@ def render_chat(record: Record, where: str, tokenizer: PreTrainedTokenizerBase |
                 f"{where}: the chat template puts no mark after assistant messages, so the model would not learn "
                 "to stop; end them with eos_token in the template"
             )
+        if start == end:
+            raise DataError(f"{where}: the chat template leaves out message {i + 1}; mend the template")
         segments.append(Segment(whole[done : len(start)], trained=False))
         segments.append(Segment(whole[len(start) : len(end)], trained=True))
         done = len(end)
@@ -78,14 +81,11 @@ def _checked_messages(record: Record, where: str) -> list[dict[str, str]]:
 def _apply(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], where: str, add_generation_prompt: bool = False
 ) -> str:
-    from jinja2 import TemplateError  # an optional dependency of transformers, used by chat templates only
-
-    try:
+    # a template is a program, run in jinja's sandbox: it may fail in any way
+    with foreign_reader(where, "mend or remove them", "the chat template refuses the messages", DataError):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateError as error:
-        raise DataError(f"{where}: the chat template refuses the messages ({error}); mend or remove them") from error
     assert isinstance(text, str)
-    return text
+    return writable(text, "the chat template's text", where)
 
 
 def _name(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -7,15 +7,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from malora_dist.config import DataConfig, TaskConfig
 from malora_dist.data.formats import load_examples
-from malora_dist.data.records import Fingerprint
+from malora_dist.data.reading import Reading
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import ConfigError, DataError
+from malora_dist.files import is_same_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,8 @@ class TaskDataset:
         weight: its mixing weight.
         overlong: samples above seq_length, truncated or dropped, in both splits.
         blank: samples left out for their empty answer, in both splits.
+        skipped: records left out because they cannot be used, in both splits; only with ``corrupt_data: skip``.
+        skip_reasons: why, for the first few of each split.
         fingerprints: {``train`` or ``validation``: SHA-256 of what was read for it, ``split``: SHA-256 of which
             records are in which of the two}.
     """
@@ -42,16 +44,20 @@ class TaskDataset:
     validation: list[TokenizedExample]
     overlong: int
     blank: int
+    skipped: int = 0
+    skip_reasons: list[str] = dataclasses.field(default_factory=list)
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def report(self) -> str:
-        """The counts in one line, for the log; tokens are those of the training samples."""
+        """The counts in one line, for the log, and what was skipped; tokens are those of the training samples."""
         tokens = sum(len(sample.token_ids) for sample in self.train)
         trained = sum(sum(sample.trained) for sample in self.train)
+        skipped = [f", {self.skipped:,} corrupt and skipped, for example", *self.skip_reasons] if self.skipped else []
         return (
             f"{self.name}: {len(self.train):,} training and {len(self.validation):,} validation samples, "
             f"{tokens:,} tokens ({trained:,} trained), {self.overlong:,} overlong, {self.blank:,} blank answers"
+            + "\n".join(skipped)
         )
 
 
@@ -102,12 +108,12 @@ class _Split:
     samples: list[TokenizedExample]
     overlong: int
     blank: int
-    fingerprint: str
+    reading: Reading
 
 
 def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskDataset:
     name = task.label
-    if task.validation_path and Path(task.validation_path).resolve() == Path(task.path).resolve():
+    if task.validation_path and is_same_file(task.validation_path, task.path):
         rule = "is the task's training file"
         cure = "name another file, or remove it to hold samples out"
         raise ConfigError(f"data[{name}].validation_path", task.validation_path, rule, cure)
@@ -123,6 +129,7 @@ def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokeni
         train, validation = read.samples, splits["validation"].samples
     else:
         train, validation = split_off(read.samples, config.validation_samples, seed, name)
+    fingerprints = {which: split.reading.fingerprint for which, split in splits.items()}
     return TaskDataset(
         name,
         task.weight,
@@ -130,8 +137,9 @@ def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokeni
         validation,
         overlong=sum(split.overlong for split in splits.values()),
         blank=sum(split.blank for split in splits.values()),
-        fingerprints={which: split.fingerprint for which, split in splits.items()}
-        | {"split": _digest(train, validation)},
+        skipped=sum(split.reading.skipped for split in splits.values()),
+        skip_reasons=[reason for split in splits.values() for reason in split.reading.reasons],
+        fingerprints=fingerprints | {"split": _digest(train, validation)},
     )
 
 
@@ -142,8 +150,8 @@ def _digest(*parts: Sequence[TokenizedExample]) -> str:
 
 
 def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Split:
-    fingerprint = Fingerprint()
-    examples = load_examples(task, tokenizer, fingerprint)
+    reading = Reading(config.corrupt_data)
+    examples = load_examples(task, tokenizer, reading)
     answered = [example for example in examples if example.answer.strip()]
     encoded = [encode_example(example, tokenizer) for example in answered]
     fitted = [fit(sample, config.seq_length, config.overlong) for sample in encoded]
@@ -151,5 +159,5 @@ def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedToken
         samples=[sample for sample in fitted if sample is not None],
         overlong=sum(len(sample.token_ids) > config.seq_length for sample in encoded),
         blank=len(examples) - len(answered),
-        fingerprint=fingerprint.hexdigest(),
+        reading=reading,
     )

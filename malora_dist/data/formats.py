@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from malora_dist.config import TaskConfig
 from malora_dist.data.chat import render_chat
-from malora_dist.data.records import Fingerprint, Record, read_records, text_of
+from malora_dist.data.reading import Reading
+from malora_dist.data.records import Record, read_records, text_of, writable
 from malora_dist.data.segments import Example, Segment
 from malora_dist.errors import ConfigError, DataError
 
@@ -39,14 +41,14 @@ class _Format:
         answer: the column that is learned.
         prompt: (record, where) -> the prompt's text.
         lead: put between prompt and answer, as part of the answer.
-        reference: record -> what a generated answer is compared with.
+        reference: (record, where) -> what a generated answer is compared with.
     """
 
     columns: tuple[str, ...]
     answer: str
     prompt: Callable[[Record, str], str]
     lead: str = ""
-    reference: Callable[[Record], str] = lambda record: ""
+    reference: Callable[[Record, str], str] = lambda record, where: ""
 
 
 def _alpaca_prompt(record: Record, where: str) -> str:
@@ -56,19 +58,28 @@ def _alpaca_prompt(record: Record, where: str) -> str:
     return template.format(instruction=instruction, input=given)
 
 
+def _alpaca_reference(record: Record, where: str) -> str:
+    answer = record.get("answer")
+    if isinstance(answer, str):
+        return text_of(record, "answer", where)
+    if isinstance(answer, dict | list):
+        raise DataError(f"{where}: answer must be a text or a number; mend or remove the record")
+    return "" if answer is None else str(answer)
+
+
 _FORMATS = {
     "alpaca": _Format(
         columns=("instruction", "output"),
         answer="output",
         prompt=_alpaca_prompt,
-        reference=lambda record: "" if record.get("answer") is None else str(record["answer"]),
+        reference=_alpaca_reference,
     ),
     "gsm8k": _Format(
         columns=("question", "answer"),
         answer="answer",
         prompt=lambda record, where: f"Question: {text_of(record, 'question', where)}\nAnswer:",
         lead=" ",
-        reference=lambda record: record["answer"].partition("####")[2].strip(),
+        reference=lambda record, where: record["answer"].partition("####")[2].strip(),
     ),
     "completion": _Format(
         columns=("prompt", "completion"),
@@ -78,31 +89,36 @@ _FORMATS = {
 }
 #: The columns that tell a format.
 _COLUMNS = {name: f.columns for name, f in _FORMATS.items()} | {"messages": ("messages",)}
+#: Format specifications that make no text of gigabytes and look into nothing.
+_SPEC = re.compile(r"[^\d{}]*(\d{1,3}([^\d{}]+\d{1,3})?)?[^\d{}]*")
 _BRACES = "write braces that are text as {{ and }}"
 
 
 def load_examples(
-    task: TaskConfig, tokenizer: PreTrainedTokenizerBase | None = None, fingerprint: Fingerprint | None = None
+    task: TaskConfig, tokenizer: PreTrainedTokenizerBase | None = None, reading: Reading | None = None
 ) -> list[Example]:
     """Read a task's records and render each into an :class:`Example`, in the file's order.
 
     Args:
         tokenizer: its chat template renders ``messages``; the other formats do not need it.
-        fingerprint: is given all that is read.
+        reading: is given all that is read, and says what becomes of a record that cannot be used.
 
     Raises:
         DataError: the file or a record cannot be used; names ``FILE:LINE`` or the record's number.
         ConfigError: format or prompt_template do not fit the file.
     """
+    reading = reading or Reading()
     name, examples = "", []
-    for where, record in read_records(task.path, task.split, fingerprint):
-        if not name:
-            name = _format_name(task, record, where)
-            _check_template(task, name, record)
-        if name == "messages":
-            examples.append(render_chat(record, where, tokenizer))
-        else:
-            examples.append(_render(_FORMATS[name], task.prompt_template, record, where))
+    for where, record in read_records(task.path, task.split, reading):
+        with reading.record():
+            if not name:
+                name = _format_name(task, record, where)
+                _check_template(task, name, None if reading.skips else record)
+            if name == "messages":
+                examples.append(render_chat(record, where, tokenizer))
+            else:
+                examples.append(_render(_FORMATS[name], task.prompt_template, record, where))
+    reading.check_not_empty(task.path, len(examples))
     return examples
 
 
@@ -124,19 +140,21 @@ def _format_name(task: TaskConfig, record: Record, where: str) -> str:
     raise DataError(f"{where}: the columns {', '.join(record) or '(none)'} {problem}")
 
 
-def _check_template(task: TaskConfig, name: str, record: Record) -> None:
-    """Refuse a prompt_template that cannot be filled from the columns of the first record."""
+def _check_template(task: TaskConfig, name: str, record: Record | None) -> None:
+    """Refuse a prompt_template that is none, or that cannot be filled from the columns of a first record."""
     template, key = task.prompt_template, _key(task, "prompt_template")
     if not template:
         return
     if name == "messages":
         raise ConfigError(key, template, "does not apply to format messages", "change the chat template instead")
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        parts = [(field, spec or "") for _, field, spec, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
         raise ConfigError(key, template, f"is no format string ({error})", _BRACES) from error
-    for field in fields:
-        if field not in record:
+    for field, spec in parts:
+        if not _SPEC.fullmatch(spec):
+            raise ConfigError(key, template, f"formats {{{field}}} as {spec!r}", f"write {{{field}}} alone")
+        if record is not None and field not in record:
             rule = f"names {{{field}}}, but the columns are {', '.join(record)}"
             raise ConfigError(key, template, rule, f"use one of them; {_BRACES}")
 
@@ -145,15 +163,17 @@ def _render(form: _Format, template: str, record: Record, where: str) -> Example
     answer = text_of(record, form.answer, where)
     prompt = _fill(template, record, where) if template else form.prompt(record, where)
     segments = (Segment(prompt, trained=False), Segment(form.lead + answer, trained=True))
-    return Example(segments, reference=form.reference(record), source=where)
+    return Example(segments, reference=form.reference(record, where), source=where)
 
 
 def _fill(template: str, record: Record, where: str) -> str:
     try:
-        return template.format_map(record)
+        return writable(template.format_map(record), "prompt_template with its columns", where)
     except KeyError as error:
         raise DataError(f"{where}: no column {error} for prompt_template; add it or remove the record") from error
-    except (ValueError, TypeError) as error:
+    except DataError:
+        raise
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DataError(f"{where}: does not fit prompt_template ({error}); change one of the two") from error
 
 

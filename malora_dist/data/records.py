@@ -9,14 +9,16 @@ hub data sets and local data set folders, is read by ``datasets``.
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from malora_dist.errors import DataError
+from malora_dist.data.reading import Reading
+from malora_dist.errors import DataError, first_line
+from malora_dist.files import is_regular_file
 
 #: One row: {column: value}.
 Record = dict[str, Any]
@@ -24,25 +26,7 @@ Record = dict[str, Any]
 _SUFFIXES = (".json", ".jsonl")
 
 
-class Fingerprint:
-    """SHA-256 of what a reader has read: of a local file its bytes, of a data set its records."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.sha256()
-
-    def add(self, content: bytes) -> bytes:
-        """Take what comes next into account; returns it."""
-        self._hash.update(content)
-        return content
-
-    def hexdigest(self) -> str:
-        """The fingerprint of all content so far."""
-        return self._hash.hexdigest()
-
-
-def read_records(
-    path: str, split: str = "train", fingerprint: Fingerprint | None = None
-) -> Iterator[tuple[str, Record]]:
+def read_records(path: str, split: str = "train", reading: Reading | None = None) -> Iterator[tuple[str, Record]]:
     """Yield (where, record), ``where`` being ``FILE:LINE`` or ``NAME: record N`` for messages.
 
     JSON Lines are streamed; a JSON array is held in memory while it is read.
@@ -50,22 +34,24 @@ def read_records(
     Args:
         path: a local .json/.jsonl file, or anything ``datasets.load_dataset`` takes as a name.
         split: split of such a data set; a local file has only one.
-        fingerprint: is given all that is read, so that it is of the very bytes that become records.
+        reading: is given all that is read, so that its fingerprint is of the very bytes that become records, and
+            says what becomes of a record that cannot be used.
 
     Raises:
         DataError: no such file or data set, malformed JSON, a row that is no object, no rows.
     """
-    fingerprint = fingerprint or Fingerprint()
+    reading = reading or Reading()
     is_file = Path(path).suffix in _SUFFIXES
-    records = _file_records(Path(path), fingerprint) if is_file else _hub_records(path, split, fingerprint)
+    records = _file_records(Path(path), reading) if is_file else _hub_records(path, split, reading)
     count = 0
-    for where, record in records:
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a record must be a JSON object, not {_shown(record)}; mend or remove it")
-        count += 1
-        yield where, record
-    if count == 0:
-        raise DataError(f"{path}: holds no records; name another file or remove the task")
+    for where, load in records:
+        with reading.record():
+            record = load()
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: a record must be a JSON object, not {_shown(record)}; mend or remove it")
+            count += 1
+            yield where, record
+    reading.check_not_empty(path, count)
 
 
 def write_records(file: Path, records: Iterable[Record]) -> Path:
@@ -87,22 +73,53 @@ def text_of(record: Record, column: str, where: str) -> str:
     value = record[column]
     if not isinstance(value, str):
         raise DataError(f"{where}: {column}={_shown(value)}: must be a string; mend or remove the record")
-    return value
+    return writable(value, column, where)
 
 
-def _file_records(path: Path, fingerprint: Fingerprint) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
+def writable(text: str, what: str, where: str) -> str:
+    """The text itself, if it can be written as UTF-8, which JSON does not ask of its strings.
+
+    Raises:
+        DataError: it holds one half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise DataError(f"{where}: {what} holds {half!r}, half a character; mend or remove the record") from error
+    return text
+
+
+#: (where, what makes the value of the record, or raises its DataError)
+_Unread = Iterator[tuple[str, Callable[[], Any]]]
+
+
+def _file_records(path: Path, reading: Reading) -> _Unread:
+    if not is_regular_file(path):
         raise DataError(f"{path}: no such file; check the path, relative ones start at the working directory")
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = file.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            records = _parse(fingerprint.add(file.read()), path, 1)
-            yield from ((f"{path}: record {i}", record) for i, record in enumerate(records, start=1))
+            records = _parse(reading.add(file.read()), path, 1)
+            yield from ((f"{path}: record {i}", partial(_same, record)) for i, record in enumerate(records, start=1))
         else:
             for number, line in enumerate(file, start=1):
-                if fingerprint.add(line).strip():
-                    yield f"{path}:{number}", _parse(line.rstrip(), path, number)
+                if reading.add(line).strip():
+                    yield f"{path}:{number}", partial(_parse, line.rstrip(), path, number)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions and its disk") from error
+
+
+def _same(record: Any) -> Any:
+    return record
 
 
 def _parse(raw: bytes, path: Path, line: int) -> Any:
@@ -117,9 +134,11 @@ def _parse(raw: bytes, path: Path, line: int) -> Any:
             f"{path}:{line + error.lineno - 1}: not valid JSON ({error.msg}, column {error.colno}); "
             "a file is either one JSON object per line or one array of objects"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in ...
+        raise DataError(f"{path}:{line}: not usable JSON ({first_line(error)}); mend or remove it") from error
 
 
-def _hub_records(name: str, split: str, fingerprint: Fingerprint) -> Iterator[tuple[str, Any]]:
+def _hub_records(name: str, split: str, reading: Reading) -> _Unread:
     import datasets  # here, because it takes seconds to import and local files do not need it
 
     try:
@@ -132,8 +151,8 @@ def _hub_records(name: str, split: str, fingerprint: Fingerprint) -> Iterator[tu
             f"that can be loaded ({reason}); check path and split"
         ) from error
     for i, record in enumerate(dataset, start=1):
-        fingerprint.add(json.dumps(record, default=str).encode() + b"\n")
-        yield f"{name}[{split}]: record {i}", record
+        reading.add(json.dumps(record, default=str).encode() + b"\n")
+        yield f"{name}[{split}]: record {i}", partial(_same, record)
 
 
 @contextmanager
@@ -152,5 +171,8 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _shown(value: object) -> str:
     """A value for a message: as in JSON, cut to one short line."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

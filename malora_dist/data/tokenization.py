@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from malora_dist.data.segments import Example
 from malora_dist.errors import DataError
+from malora_dist.files import foreign_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,13 +42,26 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Toke
     its own prompts. A chat template writes both itself: nothing is added to its text.
 
     Raises:
-        DataError: the tokenizer has no EOS token, so that no answer could end.
+        DataError: the tokenizer has no EOS token, so that no answer could end, or it fails on the text.
     """
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if eos is None and not example.templated:
         raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could end; set eos_token")
     # verbose=False: the warning about model_max_length is premature, fit() comes after
     encode = cache(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else [])
+    cure = "mend it, or the tokenizer.json"
+    with foreign_reader(example.source or "a sample", cure, "the tokenizer fails on it", DataError):
+        token_ids, trained = _encode_segments(example, eos, encode)
+        adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    starts_with_bos = bos is not None and token_ids[:1] == [bos]
+    if adds_bos and not starts_with_bos and not example.templated:
+        token_ids, trained = [bos, *token_ids], [False, *trained]
+        starts_with_bos = True
+    return TokenizedExample(token_ids, trained, starts_with_bos=starts_with_bos, source=example.source)
+
+
+def _encode_segments(example: Example, eos: Any, encode: Callable[[str], list[int]]) -> tuple[list[int], list[bool]]:
+    """(token ids, whether each is trained) up to the end of the last trained segment."""
     token_ids: list[int] = []
     trained: list[bool] = []
     before = ""
@@ -58,12 +72,7 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Toke
             ids = [*ids, eos]
         token_ids += ids
         trained += [segment.trained] * len(ids)
-    starts_with_bos = bos is not None and token_ids[:1] == [bos]
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    if adds_bos and not starts_with_bos and not example.templated:
-        token_ids, trained = [bos, *token_ids], [False, *trained]
-        starts_with_bos = True
-    return TokenizedExample(token_ids, trained, starts_with_bos=starts_with_bos, source=example.source)
+    return token_ids, trained
 
 
 def _continuation(before: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:

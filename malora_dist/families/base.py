@@ -7,18 +7,17 @@ the model of it, ``conversion.py`` its checkpoint. Nothing here imports megatron
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, shown
+from malora_dist.files import foreign_reader, is_regular_file, read_json_object
 from malora_dist.registry import Registry
 
 
@@ -94,13 +93,18 @@ class Family(ABC):
         Raises:
             CheckpointError: if the rope type also scales the attention, which this project does not do.
         """
-        rope = self.rotary_class(self.hf)
+        with foreign_reader(f"rope_parameters={self.hf.rope_parameters!r}", "correct config.json"):
+            rope = self.rotary_class(self.hf)
         if rope.attention_scaling != 1.0:
             raise CheckpointError(
                 f"rope_parameters={self.hf.rope_parameters!r}: scales attention by {rope.attention_scaling}, "
                 f"which is not supported; use one of {', '.join(self.rope_types)}"
             )
         inv_freq: Tensor = rope.inv_freq
+        if not inv_freq.isfinite().all():
+            raise CheckpointError(
+                f"rope_parameters={self.hf.rope_parameters!r}: gives infinite frequencies; correct config.json"
+            )
         return inv_freq.detach().float()
 
     @classmethod
@@ -118,6 +122,11 @@ class Family(ABC):
         _check_rope(hf_dir, raw, cls)
 
 
+#: Sizes of a model and what each lies below; more layers than that would keep a check busy for hours.
+_LIMITS = {
+    "hidden_size": 2**31, "intermediate_size": 2**31, "vocab_size": 2**31, "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16, "head_dim": 2**16, "num_hidden_layers": 2**16,
+}  # fmt: skip
 FAMILIES: Registry[Family] = Registry("malora_dist.families", key="model_type")
 #: Class decorator: models whose config.json has this ``model_type`` are read as one of the family.
 register = FAMILIES.register
@@ -132,20 +141,15 @@ def family_of(hf_dir: Path) -> Family:
     """
     file = Path(hf_dir) / "config.json"
     names = [family.name for family in FAMILIES.values()]
-    if not file.is_file():
+    if not is_regular_file(file):
         raise CheckpointError(
             f"{hf_dir}: has no config.json; name the directory of a Hugging Face {' or '.join(names)}"
         )
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); copy the file again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; copy the file again")
+    raw = read_json_object(file, CheckpointError, "copy the file again")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{hf_dir}: config.json has model_type={model_type!r}, must be {' or '.join(map(repr, FAMILIES))}; "
+            f"{hf_dir}: config.json has model_type={shown(model_type)}, must be {' or '.join(map(repr, FAMILIES))}; "
             f"only {' and '.join(names)} models can be converted"
         )
     family = FAMILIES[model_type]
@@ -164,17 +168,25 @@ def projection_widths(hf: DecoderConfig) -> dict[str, tuple[int, int]]:
 
 
 def _parse(file: Path, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> DecoderConfig:
-    try:
+    with foreign_reader(file, "correct the field", "transformers refuses it"):
         hf = cast(DecoderConfig, config_class.from_dict(dict(raw)))
-    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{file}: transformers refuses it ({reason}); correct the field") from error
+    _check_sizes(file, hf)
     if hf.num_key_value_heads < 1 or hf.num_attention_heads % hf.num_key_value_heads:
         raise CheckpointError(
             f"{file}: num_key_value_heads={hf.num_key_value_heads} must divide "
             f"num_attention_heads={hf.num_attention_heads}; correct the file"
         )
     return hf
+
+
+def _check_sizes(file: Path, hf: DecoderConfig) -> None:
+    """transformers checks types only, and not those of all fields."""
+    for name, limit in _LIMITS.items():
+        value = getattr(hf, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < limit:
+            raise CheckpointError(f"{file}: {name}={shown(value)}, must be a whole number in [1, {limit}); correct it")
+    if not isinstance(hf.rms_norm_eps, float) or not 0 <= hf.rms_norm_eps < 1:
+        raise CheckpointError(f"{file}: rms_norm_eps={shown(hf.rms_norm_eps)}, must be a number in [0, 1); correct it")
 
 
 def _check_rope(hf_dir: Path, raw: Mapping[str, Any], family: type[Family]) -> None:
@@ -186,6 +198,8 @@ def _check_rope(hf_dir: Path, raw: Mapping[str, Any], family: type[Family]) -> N
             f"rope_scaling={raw['rope_scaling']!r}, of which each version of transformers reads one; remove one"
         )
     for name, rope in given.items():
+        if not isinstance(rope, dict):
+            raise CheckpointError(f"{hf_dir}: config.json has {name}={shown(rope)}, must be an object; correct it")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in family.rope_types:
             raise CheckpointError(
@@ -199,4 +213,4 @@ def _check_rope(hf_dir: Path, raw: Mapping[str, Any], family: type[Family]) -> N
 
 def _require(hf_dir: Path, name: str, value: object, supported: object, cure: str) -> None:
     if value != supported:
-        raise CheckpointError(f"{hf_dir}: config.json has {name}={value!r}, must be {supported!r}; {cure}")
+        raise CheckpointError(f"{hf_dir}: config.json has {name}={shown(value)}, must be {supported!r}; {cure}")

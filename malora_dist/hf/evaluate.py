@@ -18,10 +18,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 import malora_dist.hf  # noqa: F401 - registers the tuner
@@ -29,7 +28,9 @@ from malora_dist.config import TaskConfig
 from malora_dist.data.formats import Example, load_examples
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
+from malora_dist.files import foreign_reader, is_regular_file, path_argument, read_json_object
 from malora_dist.hf.keys import check_tensors
+from malora_dist.pretrained import check_companions, load_tokenizer, weight_map
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,17 @@ def load_base(directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
     Raises:
         CheckpointError: it is not a complete Hugging Face model with its tokenizer.
     """
-    if not (directory / "config.json").is_file():
+    if not is_regular_file(directory / "config.json"):
         raise CheckpointError(f"{directory}: is not a Hugging Face model (no config.json); name a model's directory")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        problem = f"{directory}: cannot be loaded ({_first_line(error)})"
-        raise CheckpointError(f"{problem}; download or convert it again") from error
-    return model.eval(), tokenizer
+    read_json_object(directory / "config.json", CheckpointError, "copy the file again")
+    check_companions(directory)
+    weight_map(directory)
+    with foreign_reader(directory, "download or convert it again", "cannot be loaded"):
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", local_files_only=True, use_safetensors=True, trust_remote_code=False
+        )
+    embeddings: Any = model.get_input_embeddings()
+    return model.eval(), load_tokenizer(directory, embeddings.weight.shape[0])
 
 
 def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
@@ -67,19 +70,21 @@ def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
         CheckpointError: it is not a PEFT adapter, or one of another base.
     """
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        if not (directory / name).is_file():
+        if not is_regular_file(directory / name):
             raise CheckpointError(f"{directory}: is not a PEFT adapter (no {name}); name a directory that is")
+    raw = read_json_object(directory / CONFIG_NAME, CheckpointError, "export it again")
+    if raw.get("megatron_config"):  # PEFT then imports whatever module the file names
+        raise CheckpointError(f"{directory / CONFIG_NAME}: has a megatron_config, must have none; remove it")
     try:
-        config = PeftConfig.from_pretrained(str(directory))
-        config.inference_mode = True
-        with warnings.catch_warnings():  # PEFT asks transformers for a name that was renamed
-            warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
-            model = PeftModelForCausalLM(base, config)
-        tensors = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+        with foreign_reader(directory, "export it again", "cannot be loaded"):
+            config = PeftConfig.from_pretrained(str(directory))
+            config.inference_mode = True
+            with warnings.catch_warnings():  # PEFT asks transformers for a name that was renamed
+                warnings.filterwarnings("ignore", message=".*`is_gradient_checkpointing` is deprecated.*")
+                model = PeftModelForCausalLM(base, config)
+            tensors = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
     except ConfigError as error:
         raise CheckpointError(f"{directory}: {error}") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{directory}: cannot be loaded ({_first_line(error)}); export it again") from error
     present = model.state_dict()
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected |= {key: present[key] for key in tensors if key in present}  # embeddings saved with the adapter
@@ -89,7 +94,8 @@ def load_adapter(base: PreTrainedModel, directory: Path) -> PeftModel:
         {k: t.shape for k, t in tensors.items()},
         "the adapter is incomplete or was trained on another base",
     )
-    set_peft_model_state_dict(model, tensors)
+    with foreign_reader(directory, "export it again", "cannot be loaded"):
+        set_peft_model_state_dict(model, tensors)
     return model.eval()
 
 
@@ -230,10 +236,6 @@ def _answer_start(tokens: TokenizedExample) -> int:
     return start
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def _load_tasks(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_samples: int | None
 ) -> Iterator[tuple[str, list[Example]]]:
@@ -279,13 +281,13 @@ def _positive(text: str) -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hf-model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="PEFT adapter directory")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="one file per task")
+    parser.add_argument("--hf-model", type=path_argument, required=True, metavar="DIR", help="Hugging Face model")
+    parser.add_argument("--adapter", type=path_argument, metavar="DIR", help="PEFT adapter directory")
+    parser.add_argument("--data", type=path_argument, nargs="+", required=True, metavar="FILE", help="a file per task")
     parser.add_argument("--max-samples", type=_positive, metavar="N", help="only the first N samples of each task")
     parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest generated answer")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="samples per forward pass")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the scores as JSON")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="also write the scores as JSON")
     parser.add_argument("--compare", action="store_true", help="score the base without the adapter as well")
     return parser.parse_args()
 

@@ -17,7 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from malora_dist.errors import CheckpointError
+from malora_dist.files import check_replaceable, put_in_place, resolved
 from malora_dist.hf.config import MaloraConfig
 from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
 from malora_dist.methods.spec import AdapterSpec
@@ -47,9 +47,9 @@ def write_peft_adapter(
         CheckpointError: missing, unexpected or misshapen tensors (all listed), or a directory that
             holds something else.
     """
-    directory = directory.resolve()
+    directory = resolved(directory)
     check_complete("adapter export", spec, tensors, "export an adapter of exactly this spec, unsharded")
-    _check_replaceable(directory)
+    check_replaceable(directory, _FILES, also_part=True)
     config = _peft_config(spec, base_model_name_or_path, base_fingerprint)
     # clone(): safetensors refuses tensors that share memory, as the copies of a fused projection do
     state = {saved_key(spec, *key): t.detach().cpu().contiguous().clone() for key, t in sorted(tensors.items())}
@@ -60,7 +60,7 @@ def write_peft_adapter(
         metadata = {"format": "pt", METADATA_BASE: base_fingerprint, METADATA_METHOD: spec.method}
         save_file(state, temporary / SAFETENSORS_WEIGHTS_NAME, metadata)
         config.save_pretrained(str(temporary))
-        _replace(directory, temporary)
+        put_in_place(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -87,27 +87,3 @@ def _peft_config(spec: AdapterSpec, base_model_name_or_path: str, base_fingerpri
     )
     config.target_modules = sorted(spec.projections)  # a set, if given to the constructor: saved in any order
     return config
-
-
-def _check_replaceable(directory: Path) -> None:
-    """Refuse a path that holds anything but an earlier export."""
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: is not a directory; name another one")
-    others = sorted({path.name for path in directory.iterdir()} - _FILES)
-    if others:
-        raise CheckpointError(
-            f"{directory}: holds {others[0]!r}, which is no part of an export; name another directory or empty it"
-        )
-
-
-def _replace(directory: Path, new: Path) -> None:
-    """Put `new` in the place of `directory`. A reader never meets a half-written export."""
-    if directory.exists():
-        old = new.with_suffix(".old")
-        directory.rename(old)
-        new.rename(directory)
-        shutil.rmtree(old)
-    else:
-        new.rename(directory)

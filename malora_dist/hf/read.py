@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.errors import CheckpointError, ConfigError, shown
+from malora_dist.files import foreign_reader, is_regular_file, read_json_object
 from malora_dist.hf.config import MaloraPeftType
 from malora_dist.hf.keys import METADATA_BASE, METADATA_METHOD, TensorKey, check_complete, saved_key
 from malora_dist.methods.spec import PROJECTIONS, AdapterSpec, refuse_former_malora
@@ -58,7 +58,9 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
     raw = _read_config(directory)
     found, metadata = _read_tensors(directory)
     spec = _spec(directory, raw, metadata)
-    numbers = [int(match[1]) for match in (re.search(r"\.layers\.(\d+)\.", key) for key in found) if match]
+    numbers = [int(match[1]) for match in (re.search(r"\.layers\.(\d{1,9})\.", key) for key in found) if match]
+    if max(numbers, default=0) >= max(len(found), 1):  # every layer has a tensor
+        raise CheckpointError(f"{directory}: has {len(found)} tensors, one of layer {max(numbers)}; save it again")
     expected = {
         saved_key(spec, layer, projection, name): (layer, projection, name)
         for layer in range(max(numbers, default=0) + 1)
@@ -77,34 +79,28 @@ def read_peft_adapter(directory: Path) -> PeftAdapter:
         spec,
         tensors,
         base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
-        base_fingerprint=metadata.get(METADATA_BASE) or raw.get("base_fingerprint") or "",
+        base_fingerprint=str(metadata.get(METADATA_BASE) or raw.get("base_fingerprint") or ""),
     )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG_NAME
-    if not file.is_file():
+    if not is_regular_file(file):
         raise CheckpointError(f"{directory}: has no {CONFIG_NAME}; name the directory of a PEFT adapter")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: is not JSON ({error}); copy the file again") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: is not a JSON object; copy the file again")
-    return raw
+    return read_json_object(file, CheckpointError, "copy the file again")
 
 
 def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of the file, and its metadata."""
     file = directory / SAFETENSORS_WEIGHTS_NAME
-    if not file.is_file():
+    if not is_regular_file(file):
         raise CheckpointError(f"{directory}: has no {file.name}; save the adapter with safe_serialization=True")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = opened.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: is not a whole safetensors file ({error}); copy it again") from error
+    with (
+        foreign_reader(file, "copy it again", "is not a whole safetensors file"),
+        safe_open(file, framework="pt") as opened,
+    ):
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        metadata = opened.metadata() or {}
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             allowed = ", ".join(str(dtype) for dtype in _DTYPES)
@@ -129,20 +125,21 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
         fields |= {"method": metadata.get(METADATA_METHOD, stock), "target_modules": raw.get("target_modules")}
         refused = _refused_lora_fields(raw, defaults)
     else:
-        raise CheckpointError(f"{file}: peft_type={peft_type!r}, must be LORA or MALORA; only these can be imported")
+        raise CheckpointError(f"{file}: peft_type={shown(peft_type)}, must be LORA or MALORA; train one of these")
     for key, value in refused.items():
-        raise CheckpointError(f"{file}: {key}={value!r} has no place in this project; train an adapter without it")
+        raise CheckpointError(f"{file}: {key}={shown(value)} has no place in this project; train an adapter without it")
     targets = fields.get("target_modules")
-    if not isinstance(targets, list) or not set(targets) <= set(PROJECTIONS):
+    if not isinstance(targets, list) or not all(target in PROJECTIONS for target in targets):
         raise CheckpointError(
-            f"{file}: target_modules={targets!r}, must be a list from {', '.join(PROJECTIONS)}; "
+            f"{file}: target_modules={shown(targets)}, must be a list from {', '.join(PROJECTIONS)}; "
             "name the adapted projections"
         )
     for name, value in fields.items():
         default = getattr(AdapterSpec(), name)
-        if not isinstance(value, int | float if isinstance(default, float) else type(default)):
+        allowed = int | float if isinstance(default, float) else type(default)
+        if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
             wanted = type(default).__name__
-            raise CheckpointError(f"{file}: {name}={value!r}, must be of type {wanted}; save the adapter again")
+            raise CheckpointError(f"{file}: {name}={shown(value)}, must be of type {wanted}; save the adapter again")
     try:
         refuse_former_malora(fields.get("method", "malora"), raw.get("rank_expansion"))
         spec = AdapterSpec(**fields)

@@ -114,8 +114,8 @@ class BatchSource:
         return GlobalCounts(*counts.tolist())
 
     def describe(self) -> str:
-        """One line per task for the start-up banner."""
-        return "\n".join(f"task        {task.report}" for task in self._tasks)
+        """One line per task for the start-up banner, and one per record that is told as skipped."""
+        return "\n".join(f"task        {task.report}".replace("\n", f"\n{'':12}") for task in self._tasks)
 
     def _on_device(self, microbatch: Microbatch) -> Microbatch:
         device = self._topology.device

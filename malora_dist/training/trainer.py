@@ -13,7 +13,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from malora_dist.checkpoint.adapter import (
     Trained,
@@ -29,7 +28,6 @@ from malora_dist.checkpoint.start import BaseVerification, find_start
 from malora_dist.config import Config, check_evaluated
 from malora_dist.data.batches import Microbatch
 from malora_dist.data.dataset import data_paths
-from malora_dist.errors import CheckpointError
 from malora_dist.exchange.plan import plan_exchanges
 from malora_dist.families.base import family_of
 from malora_dist.layers.adapted_linear import start_from_base
@@ -45,6 +43,7 @@ from malora_dist.parallel.backends import adam_choice, attention_choice
 from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
+from malora_dist.pretrained import load_tokenizer
 from malora_dist.training.batches import BatchSource
 from malora_dist.training.best import Best
 from malora_dist.training.callbacks import Callback, Ending, Evaluate, Log, Save, Step, StopIfNotFinite, StopOnSignal
@@ -81,7 +80,10 @@ class Trainer:
             check_adapter_matches(self.start.directory, self.start.info, config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
         self.batches = BatchSource(
-            config, _load_tokenizer(hf_dir(base_path)), topology, topology.pp_size if is_interleaved else 1
+            config,
+            load_tokenizer(hf_dir(base_path), self.hf.vocab_size),
+            topology,
+            topology.pp_size if is_interleaved else 1,
         )
         if self.start:
             changes = check_data(self.start, config, self.batches.fingerprints, data_paths(config))
@@ -270,17 +272,3 @@ class Trainer:
         if trained.iteration >= last:
             key = "train_iters" if last == self.config.train_iters else "exit_interval"
             yield f"nothing to do: iteration {trained.iteration} is reached and {key}={last}; raise {key}"
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The base's tokenizer.
-
-    Raises:
-        CheckpointError: its files are missing or broken.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(str(directory))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        cure = "import a model that has its tokenizer files"
-        raise CheckpointError(f"{directory}: its tokenizer cannot be read ({reason}); {cure}") from error

@@ -15,6 +15,8 @@ from experiment import Cell, Domain, Run
 from scales import DOMAINS, SCALES, Scale, make_domain
 from sweep import Result, Workers, adapter_file
 
+from malora_dist.files import path_argument
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -123,9 +125,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     """The options of every script."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="tiny", help="default: %(default)s")
-    parser.add_argument("--hf-model", type=Path, metavar="DIR", help="base of the scales small and gpu")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of the data sets of the scale small")
-    parser.add_argument("--out", type=Path, default=Path("runs/paper"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--hf-model", type=path_argument, metavar="DIR", help="base of the scales small and gpu")
+    parser.add_argument("--data", type=path_argument, metavar="DIR", help="folder of the data sets of the scale small")
+    parser.add_argument("--out", type=path_argument, default="runs/paper", metavar="DIR", help="default: %(default)s")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs side by side, the cores divided among them; 0: in this process"
     )
