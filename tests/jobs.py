@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 from typing import Any
 from unittest import mock
 
@@ -299,8 +298,3 @@ def count_traffic(overrides: list[str]) -> dict[str, Any]:
         }
     finally:
         layout.destroy()
-
-
-def count_threads() -> int:
-    """Threads of this process, those of C++ too."""
-    return len(os.listdir("/proc/self/task"))

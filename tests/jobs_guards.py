@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from malora_dist.config import Config
@@ -74,3 +75,13 @@ def predictions(logits: torch.Tensor) -> list[int]:
         return most_probable(logits.chunk(size, dim=-1)[topology.tp_rank], topology).tolist()
     finally:
         layout.destroy()
+
+
+def resources() -> dict[str, int]:
+    """Of this process: threads (those of C++ too), open files, resident memory in MiB."""
+    process = psutil.Process()
+    return {
+        "threads": process.num_threads(),
+        "open files": process.num_fds(),
+        "MiB": process.memory_info().rss // 2**20,
+    }
