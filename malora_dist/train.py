@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import logging
+import sys
 
 from malora_dist.errors import exit_on_user_error
 from malora_dist.files import path_argument
@@ -26,7 +27,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Load the config, build the layout, train."""
     end_with_agent()
-    faulthandler.enable()  # a process that native code aborts, NCCL's watchdog for one, says where it was
+    faulthandler.enable(sys.__stderr__)  # a process that native code aborts, NCCL's watchdog for one, says where it was
     arguments = _parse()
     check_versions()
     from malora_dist.config_file import load_config  # imports torch
