@@ -247,6 +247,10 @@ def test_chat_record_errors(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, 
         (None, "needs a tokenizer with a chat template, and '.*' has none; take that of the model's instruct version"),
         ("{{ raise_exception('no system') }}", r"the chat template refuses the messages \(no system\)"),
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "puts no mark after assistant messages"),
+        (
+            "{% for m in messages %}{{ '' if m.role[0] == 'a' else 'u' }}{% endfor %}",
+            "leaves out message 3; mend",
+        ),
         ("{{ messages | length }}" + CHATML, "renders message 3 differently once others follow"),
     ],
 )
