@@ -27,7 +27,8 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Load the config, build the layout, train."""
     end_with_agent()
-    faulthandler.enable(sys.__stderr__)  # a process that native code aborts, NCCL's watchdog for one, says where it was
+    if sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # a process that native code aborts, as NCCL's watchdog does, says where
     arguments = _parse()
     check_versions()
     from malora_dist.config_file import load_config  # imports torch
