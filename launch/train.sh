@@ -78,8 +78,6 @@ if [ "$fewest" -lt "$nodes" ]; then
   range=$fewest:$nodes
   # A machine that is late or comes later joins by a restart of the others.
   settings+=,last_call_timeout=15
-  # torchrun's shared store stays on the machine that had it first, and its address with the others.
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 options=(--nnodes "$range" --nproc-per-node "$processes" --max-restarts "$restarts")
 if [ -n "${NODE_RANK:-}" ]; then
@@ -89,6 +87,9 @@ elif [ "$nodes" -gt 1 ]; then
   # torchrun's c10d rendezvous at MASTER_ADDR:MASTER_PORT: machines get their ranks there, so that all run the same
   # command and a restarted one joins again. They may start up to ten minutes apart.
   own=$(find_own_address) || exit 2
+  # torchrun's shared store stays on the machine that had it first, and its address with the others: a machine whose
+  # agent was started again would wait for it in vain.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   options+=(--rdzv-backend c10d --rdzv-endpoint "$MASTER_ADDR:$port" --rdzv-id "${RDZV_ID:-malora}"
     --rdzv-conf "is_host=${own%% *},$settings" --local-addr "${own#* }")
 else

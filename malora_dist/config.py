@@ -411,6 +411,7 @@ def check_evaluated(c: TrainConfig, tasks: Sequence[str]) -> None:
     if slash and name not in tasks:
         rule = f"{name!r} is no task with a validation split; these are: {', '.join(tasks) or 'none'}"
         raise ConfigError("early_stopping_metric", c.early_stopping_metric, rule, "name one of them, or none for all")
-    if c.early_stopping_patience and not tasks:
-        cure = "raise validation_samples or set a task's validation_path"
-        raise ConfigError("early_stopping_patience", c.early_stopping_patience, "needs a validation split", cure)
+    for name in ("early_stopping_patience", "keep_best"):
+        if getattr(c, name) and not tasks:
+            cure = "raise validation_samples or set a task's validation_path"
+            raise ConfigError(name, getattr(c, name), "needs a validation split", cure)

@@ -149,11 +149,15 @@ def check_replaceable(target: Path, layout: Collection[str], also_part: bool = F
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Give a finished directory its name; one that is there is replaced. A reader meets either of them, whole."""
+    """Give a finished directory its name; one that is there is replaced, by two renames."""
     if not target.exists():
         new.rename(target)
         return
     old = new.with_suffix(".old")
     target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

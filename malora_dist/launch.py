@@ -13,7 +13,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from malora_dist.errors import EXIT_CODE, RESTART_SIGNAL, STOP_SIGNALS, stopped_exit_code
+from malora_dist.errors import EXIT_CODE
+from malora_dist.exit_codes import RESTART_SIGNAL, STOP_SIGNALS, stopped_exit_code
 
 #: The time that ranks have to end a step and save, before they are killed.
 SHUTDOWN_SECONDS = 120
@@ -46,19 +47,42 @@ def _improved(agent: Any) -> Any:
     from torch.distributed.elastic.agent.server.api import WorkerState
 
     class Agent(agent):
+        #: Exit codes of the ranks that were shut down last.
+        codes: frozenset[int | None] = frozenset()
+
+        def _start_workers(self, worker_group: Any) -> Any:
+            started = super()._start_workers(worker_group)
+            close = self._pcontext.close
+
+            def close_soon(death_sig: Any = None, timeout: int = FAILED_SHUTDOWN_SECONDS) -> None:
+                close(death_sig, timeout)
+
+            self._pcontext.close = close_soon  # by which the context itself ends the others of a rank that failed
+            return started
+
+        def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+            super()._shutdown(*args, **kwargs)
+            ranks = getattr(self._pcontext, "subprocess_handlers", {}).values()
+            type(self).codes = frozenset(rank.proc.poll() for rank in ranks)
+
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             codes = {failure.exitcode for failure in result.failures.values()}
             if final_code(codes) is not None:
                 self._remaining_restarts = 0
-            elif codes == {stopped_exit_code(RESTART_SIGNAL)}:  # another machine's agent was faster, see below
+            elif {code for code in codes if code >= 0} == {stopped_exit_code(RESTART_SIGNAL)}:
+                # Another machine's agent was faster, see below.
+                stopped_exit_code(RESTART_SIGNAL)
+            }:  # another machine's agent was faster, see below
                 self._remaining_restarts += 1
             return result
 
         def _stop_workers(self, worker_group: Any) -> None:
-            if worker_group.state == WorkerState.HEALTHY:  # a machine joins
-                self._shutdown(RESTART_SIGNAL, self._shutdown_timeout)
-            else:
+            settings = getattr(worker_group.spec.rdzv_handler, "settings", None)  # a static rendezvous has none
+            may_change = settings is not None and settings.min_nodes < settings.max_nodes
+            if worker_group.state == WorkerState.HEALTHY and may_change:
+                self._shutdown(RESTART_SIGNAL, self._shutdown_timeout)  # a machine joins
+            else:  # a rank has failed, perhaps of another machine, which waits for this one
                 self._shutdown(timeout=FAILED_SHUTDOWN_SECONDS)
 
     return Agent
@@ -73,11 +97,12 @@ def main() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import api
 
-    vars(api)["LocalElasticAgent"] = _improved(api.LocalElasticAgent)
+    agent = vars(api)["LocalElasticAgent"] = _improved(api.LocalElasticAgent)
     try:
         run.run(run.parse_args(sys.argv[1:]))
     except SignalException as error:
-        sys.exit(stopped_exit_code(error.sigval))
+        failed = EXIT_CODE in agent.codes  # what was to be saved could not be
+        sys.exit(EXIT_CODE if failed else stopped_exit_code(error.sigval))
     except ChildFailedError as error:
         code = final_code(failure.exitcode for failure in error.failures.values())
         sys.exit(str(error) if code is None else code)  # torchrun's table of what failed, and exit code 1

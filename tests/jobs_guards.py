@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import psutil
 import torch
 
@@ -9,6 +11,14 @@ from malora_dist.config import Config
 from malora_dist.errors import TrainingError
 from malora_dist.parallel import topology as layout
 from tests.jobs import _trainer
+
+
+def _save(trainer: Any) -> None:
+    """Write a checkpoint now."""
+    from malora_dist.training.callbacks import Save
+
+    [saver] = [callback for callback in trainer.callbacks if isinstance(callback, Save)]
+    saver.save(trainer.trained.iteration, is_last=True)
 
 
 def save_with_nan(overrides: list[str], name: str, rank: int) -> None:
@@ -20,7 +30,7 @@ def save_with_nan(overrides: list[str], name: str, rank: int) -> None:
         trainer.train_step()
         if trainer.topology.rank == rank:
             globally_named(trainer.trained.model)[name].data.view(-1)[3] = float("nan")
-        trainer.save()
+        _save(trainer)
     finally:
         layout.destroy()
 
@@ -41,7 +51,7 @@ def replicas_after_flips(overrides: list[str], flips: list[tuple[int, str, int]]
                 bits = globally_named(trainer.trained.model)[name].data.view(-1).view(torch.int32)
                 bits[-1] ^= torch.tensor(1 << bit, dtype=torch.int64).int()
             try:
-                trainer.save()
+                _save(trainer)
                 said.append("")
             except TrainingError as error:
                 said.append(str(error))

@@ -140,7 +140,14 @@ def test_training_commands_parse() -> None:
 def test_conversion_commands_parse() -> None:
     parser = tool("convert_hf").build_parser()
     found = [_after(words, "tools/convert_hf.py") for _, words in COMMANDS if "tools/convert_hf.py" in words]
-    assert {words[0] for words in found} == {"import", "export", "export-adapter", "import-adapter", "roundtrip"}
+    assert {words[0] for words in found} == {
+        "import",
+        "export",
+        "export-adapter",
+        "import-adapter",
+        "roundtrip",
+        "verify",
+    }
     for words in found:
         parser.parse_args(words)
 

@@ -25,6 +25,7 @@ class Layer:
 #: Lowest first: a row may only name rows above it. docs/architecture.md gives the reasons.
 LAYERS = {
     "errors": Layer(""),
+    "exit_codes": Layer(""),
     "files": Layer("errors"),
     "pretrained": Layer("errors files"),
     "fields": Layer("errors"),
@@ -45,7 +46,7 @@ LAYERS = {
         "errors config parallel exchange families layers models data checkpoint metrics pretrained", megatron=True
     ),
     "hf": Layer("errors files methods config kernels data pretrained"),
-    "launch": Layer("errors"),
+    "launch": Layer("errors exit_codes"),
     "train": Layer("errors files config_file parallel exchange training"),
 }
 #: The only file that may import fmoe.

@@ -213,7 +213,7 @@ def test_slurm_job(checkout: Path) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(138, True), (0, False), (1, False)])
+@pytest.mark.parametrize(("code", "requeued"), [(138, True), (143, True), (0, False), (2, False)])
 def test_slurm_warns(code: int, requeued: bool, checkout: Path) -> None:
     """SIGUSR1 to the batch script reaches srun; only a run that it has stopped goes back into the queue."""
     tools = checkout / "bin"

@@ -56,7 +56,7 @@ def test_what_a_kill_leaves_is_swept(tmp_path: Path) -> None:
 def test_the_tracker_decides_and_the_newest_follow(tmp_path: Path) -> None:
     fill(tmp_path, 5, 10, 15, tracker="10\n")
     directories, notes = run_directory.candidates(tmp_path)
-    assert [directory.name for directory in directories] == ["iter_0000010", "iter_0000015", "iter_0000005"]
+    assert [directory.name for directory in directories] == ["iter_0000010", "iter_0000005", "iter_0000015"]
     assert len(notes) == 1
     assert "names iteration 10, iteration 15 is left alone" in notes[0]
     (tmp_path / TRACKER_FILE).write_text("15")
@@ -90,10 +90,10 @@ def test_one_iteration_can_be_named(tmp_path: Path) -> None:
 
 def test_old_ones_go_but_the_best_stays(tmp_path: Path) -> None:
     fill(tmp_path, 5, 10, 15, 20, 25)
-    run_directory.write_best(tmp_path, 10)
-    run_directory.remove_old(tmp_path, 20, 0)
+    run_directory.name_best(tmp_path, 10)
+    run_directory.remove_old(tmp_path, 20, 0, best=10)
     assert run_directory.iterations(tmp_path) == [5, 10, 15, 20, 25]
-    run_directory.remove_old(tmp_path, 20, 2)  # 25 is of the run before, which went further
+    run_directory.remove_old(tmp_path, 20, 2, best=10)  # 25 is of the run before, which went further
     assert run_directory.iterations(tmp_path) == [10, 15, 20, 25]
     run_directory.remove_all(tmp_path)
     assert names(tmp_path) == []

@@ -136,7 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
         for option in (*required, *optional):
             subparser.add_argument(f"--{option}", required=option in required, **OPTIONS[option])
         if command == "verify":
-            subparser.add_argument("directory", type=Path, help="a converted base, or the `save` directory of a run")
+            subparser.add_argument(
+                "directory", type=path_argument, help="a converted base, or the `save` directory of a run"
+            )
         subparser.set_defaults(run=run)
     return parser
 

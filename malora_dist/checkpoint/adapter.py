@@ -27,9 +27,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.checkpoint.manifest import MANIFEST_FILE, read_manifest, verify
+from malora_dist.checkpoint.pickles import check_object
 from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.config import Config
 from malora_dist.errors import CheckpointError, ConfigError
+from malora_dist.files import read_json_object
 from malora_dist.layers.adapted_linear import is_adapter_key
 from malora_dist.layers.decoder import CausalModel
 from malora_dist.methods.spec import AdapterSpec, refuse_former_malora
@@ -112,8 +114,8 @@ def read_adapter_info(directory: Path) -> AdapterInfo:
             iteration=raw["iteration"],
             num_layers=raw["num_layers"],
             has_optimizer=raw.get("has_optimizer", True),
-            data=raw.get("data", {}),
-            best=raw.get("best", {}),
+            data={str(key): str(value) for key, value in raw.get("data", {}).items()},
+            best=dict(raw.get("best", {})),
             format_version=version,
         )
     except CheckpointError:
@@ -149,14 +151,30 @@ def check_whole(directory: Path, part: int = 0, parts: int = 1) -> AdapterInfo:
     Raises:
         CheckpointError: naming the file that is missing, cut off or damaged, or that would run something.
     """
+    check_content(directory, part, parts)
+    return check_structure(directory)
+
+
+def check_content(directory: Path, part: int = 0, parts: int = 1) -> None:
+    """The first half of :func:`check_whole`, of which several callers do a part each."""
     if (directory / MANIFEST_FILE).is_file():
         verify(directory, part, parts)
-    info = read_adapter_info(directory)
-    if info.format_version >= 3:
-        read_manifest(directory)
-    if not (directory / "metadata.json").is_file():
-        raise CheckpointError(f"{directory}: is half-written, metadata.json is missing; write or copy it again")
-    check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
+
+
+def check_structure(directory: Path) -> AdapterInfo:
+    """The other half: what it says of itself, and that nothing is missing or would run something."""
+    try:
+        info = read_adapter_info(directory)
+        if info.format_version >= 3:
+            read_manifest(directory)
+        if not (directory / "metadata.json").is_file():
+            raise CheckpointError(f"{directory}: is half-written, metadata.json is missing; write or copy it again")
+        read_json_object(directory / "metadata.json", CheckpointError, "write or copy it again")
+        check_common_state(directory, TorchDistReader(directory).objects)  # the reader checks the data files
+        if (directory / "common.pt").is_file():
+            check_object(directory / "common.pt", str(directory / "common.pt"))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error}); check its permissions and its disk") from error
     return info
 
 

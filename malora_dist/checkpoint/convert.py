@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,7 +116,7 @@ def export_hf(megatron_path: Path, hf_path: Path, max_shard_bytes: int = DEFAULT
             or `hf_path` is not empty.
     """
     if has_manifest(megatron_path):
-        verify(megatron_path)
+        verify(megatron_path, threads=os.cpu_count() or 1)
     info = read_base_info(megatron_path)
     reader = TorchDistReader(checkpoint_dir(megatron_path))
     chunks = conversion_map(family_of(hf_dir(megatron_path)))

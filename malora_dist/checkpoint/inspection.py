@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from malora_dist.checkpoint.base import INFO_FILE, has_manifest, read_base_info
+from malora_dist.checkpoint.base import INFO_FILE, TRACKER_FILE, checkpoint_dir, has_manifest, read_base_info
 from malora_dist.checkpoint.manifest import read_manifest, verify
 from malora_dist.checkpoint.run_directory import candidates
 from malora_dist.errors import CheckpointError
@@ -38,9 +39,9 @@ def inspect(path: Path) -> Iterator[Finding]:
     if (path / INFO_FILE).is_file():
         yield _inspect_base(path)
         return
-    directories, notes = candidates(path)
-    for note in notes:
-        yield Finding(path, note, "")
+    directories, _ = candidates(path)
+    if directories != [path]:
+        yield _inspect_tracker(path)
     with without_expected_warnings():  # imports megatron
         from malora_dist.checkpoint.adapter import check_whole
     for directory in directories:
@@ -57,11 +58,18 @@ _UNVERIFIED = "complete; an earlier version wrote it without a manifest, so its 
 def _inspect_base(path: Path) -> Finding:
     try:
         if has_manifest(path):
-            verify(path)
+            verify(path, threads=os.cpu_count() or 1)
         read_base_info(path)
     except CheckpointError as error:
         return Finding(path, str(error), "")
     return Finding(path, "", _report(path) if has_manifest(path) else _UNVERIFIED)
+
+
+def _inspect_tracker(path: Path) -> Finding:
+    try:
+        return Finding(path / TRACKER_FILE, "", f"names {checkpoint_dir(path).name}")
+    except CheckpointError as error:
+        return Finding(path / TRACKER_FILE, str(error), "")
 
 
 def _report(directory: Path) -> str:

@@ -9,6 +9,7 @@ It is written last. Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,7 +57,7 @@ def read_manifest(directory: Path) -> Manifest:
         entries = raw["files"]
         is_intact = raw["format_version"] == FORMAT_VERSION and raw["sha256"] == _seal(entries)
         manifest = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: is cut off or damaged ({error!r}); {_CURE}") from error
     if not is_intact:
         raise CheckpointError(f"{file}: is damaged, it does not agree with itself; {_CURE}")
@@ -65,12 +66,13 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def verify(directory: Path, part: int = 0, parts: int = 1, sizes: range | None = None) -> None:
+def verify(directory: Path, part: int = 0, parts: int = 1, sizes: range | None = None, threads: int = 1) -> None:
     """Check every file that the manifest names, or this caller's part of them.
 
     Args:
         part, parts: of several callers, such as the ranks of a node, each takes its share of the bytes.
         sizes: only files of so many bytes; default: all.
+        threads: that read; one reads 0.5 to 2 GB/s.
 
     Raises:
         CheckpointError: naming the first file that is missing or damaged.
@@ -78,9 +80,13 @@ def verify(directory: Path, part: int = 0, parts: int = 1, sizes: range | None =
     manifest = read_manifest(directory)
     wanted = [name for name, (size, _) in manifest.items() if sizes is None or size in sizes]
     by_size = sorted(wanted, key=lambda name: (-manifest[name][0], name))
-    with ThreadPoolExecutor() as pool:
-        mine = by_size[part::parts]
-        for fault in pool.map(lambda name: _fault(directory / name, *manifest[name]), mine):
+    mine = by_size[part::parts]
+
+    def fault_of(name: str) -> str:
+        return _fault(directory / name, *manifest[name])
+
+    with ThreadPoolExecutor(threads) if threads > 1 else contextlib.nullcontext() as pool:
+        for fault in pool.map(fault_of, mine) if pool else map(fault_of, mine):
             if fault:
                 raise CheckpointError(f"{fault}; {_CURE}")
 

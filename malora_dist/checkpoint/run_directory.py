@@ -39,7 +39,8 @@ def candidates(path: Path) -> tuple[list[Path], list[str]]:
         path: a `save` directory, or one `iter_*` directory in it.
 
     Returns:
-        the directories: that which the tracker file names, then the others from the newest on; and what is odd.
+        the directories: that which the tracker file names, then the others from the newest on, those that are older
+        than it first; and what is odd.
 
     Raises:
         CheckpointError: there is none.
@@ -55,7 +56,8 @@ def candidates(path: Path) -> tuple[list[Path], list[str]]:
         notes = []
     except CheckpointError as error:
         named, notes = -1, [str(error)]
-    order = sorted(found, key=lambda iteration: (iteration == named, iteration), reverse=True)
+    limit = named if named in found else found[-1]  # what is newer belongs to a run that was given up
+    order = sorted(found, key=lambda iteration: (iteration <= limit, iteration), reverse=True)
     if named not in found and not notes:
         notes = [f"{path}: {TRACKER_FILE} names iteration {named}, which is not there"]
     elif 0 <= named < found[-1]:
@@ -64,13 +66,13 @@ def candidates(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def sweep(save: Path) -> None:
-    """Clear what a run that was killed has left half-done."""
+    """Clear what a run that was killed has left half-done, as far as the disk allows."""
     for entry in save.glob(".iter_*"):
         name, _, state = entry.name[1:].rpartition(".")
         if state == _DISPLACED and not (save / name).exists():
             entry.rename(save / name)  # killed between the two renames of publish
         elif state in (_PARTIAL, _DISPLACED, _REMOVED):
-            shutil.rmtree(entry)
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def partial_directory(save: Path, iteration: int) -> Path:
@@ -100,15 +102,13 @@ def publish(save: Path, iteration: int) -> Path:
     partial_directory(save, iteration).rename(directory)
     sync(save)
     write_text_durably(save / TRACKER_FILE, f"{iteration}\n")
-    if displaced.exists():
-        shutil.rmtree(displaced)
+    shutil.rmtree(displaced, ignore_errors=True)
     return directory
 
 
-def remove_old(save: Path, newest: int, keep_last: int) -> None:
+def remove_old(save: Path, newest: int, keep_last: int, best: int | None = None) -> None:
     """Remove checkpoints before the ``keep_last`` newest up to ``newest``, but not the best one; 0 keeps all."""
     older = [iteration for iteration in iterations(save) if iteration <= newest]
-    best = read_best(save)
     for iteration in older[:-keep_last] if keep_last else []:
         if iteration != best:
             _remove(save, iteration)
@@ -122,16 +122,12 @@ def remove_all(save: Path) -> None:
         _remove(save, iteration)
 
 
-def read_best(save: Path) -> int | None:
-    """The iteration of the best checkpoint, if one is named."""
-    file = save / BEST_FILE
-    text = file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-    return int(text) if text.isdecimal() else None
-
-
-def write_best(save: Path, iteration: int) -> None:
-    """Name the best checkpoint."""
-    write_text_durably(save / BEST_FILE, f"{iteration}\n")
+def name_best(save: Path, iteration: int | None) -> None:
+    """Name the best checkpoint; None: there is none."""
+    if iteration is None:
+        (save / BEST_FILE).unlink(missing_ok=True)
+    else:
+        write_text_durably(save / BEST_FILE, f"{iteration}\n")
 
 
 def check_free(save: Path) -> None:
@@ -153,7 +149,7 @@ def check_free(save: Path) -> None:
 def _remove(save: Path, iteration: int) -> None:
     removed = _aside(save, iteration, _REMOVED)
     (save / iteration_name(iteration)).rename(removed)  # so that half of it is never taken for a checkpoint
-    shutil.rmtree(removed)
+    shutil.rmtree(removed, ignore_errors=True)  # what stays is swept by the next run
 
 
 def _aside(save: Path, iteration: int, state: str) -> Path:

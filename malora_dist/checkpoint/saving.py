@@ -62,11 +62,12 @@ class CheckpointWriter:
         self._save = Path(config.save)
         self._pending: _Pending | None = None
 
-    def prepare(self, goes_on_here: bool) -> None:
+    def prepare(self, goes_on_here: bool, best: int | None = None) -> None:
         """Make `save` ready before the first step.
 
         Args:
             goes_on_here: the run starts from a checkpoint in it.
+            best: the iteration of the best checkpoint in it, as far as this run knows.
 
         Raises:
             CheckpointError: it cannot be written, or holds checkpoints of another run.
@@ -79,6 +80,7 @@ class CheckpointWriter:
                 if self._config.overwrite:
                     run_directory.remove_all(self._save)
                 run_directory.check_free(self._save)
+            run_directory.name_best(self._save, best)
 
         self._on_first_rank(make_ready)
 
@@ -109,7 +111,7 @@ class CheckpointWriter:
             if isinstance(value, ShardedTensor):
                 pending.chunks.append(_chunk(value, copies=self._config.async_save))
             elif isinstance(value, ShardedObject):
-                pending.objects[value.unique_key] = value.data
+                pending.objects[value.unique_key] = copy.deepcopy(value.data)
         self._pending = pending
         if self._config.async_save:
             pending.thread = threading.Thread(target=self._write, args=(pending,), name="checkpoint", daemon=True)
@@ -151,7 +153,7 @@ class CheckpointWriter:
         directory = run_directory.partial_directory(self._save, pending.info.iteration)
         try:
             pending.share = write_share(directory, self._topology.rank, pending.chunks, pending.objects)
-        except _DISK_ERRORS as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, the others wait to be told
             pending.fault = self._cannot_write(error)
         pending.chunks.clear()
 
@@ -165,9 +167,10 @@ class CheckpointWriter:
         save_config(self._config, directory / "config.yaml")
         write_manifest(directory)
         run_directory.publish(self._save, iteration)
-        if self._config.keep_best and pending.info.best.get("iteration") == iteration:
-            run_directory.write_best(self._save, iteration)
-        run_directory.remove_old(self._save, iteration, self._config.keep_last)
+        best = pending.info.best.get("iteration") if self._config.keep_best else None
+        if best == iteration:
+            run_directory.name_best(self._save, iteration)
+        run_directory.remove_old(self._save, iteration, self._config.keep_last, best)
 
     def _on_first_rank(self, action: Callable[[], None], fault: str = "") -> None:
         """Let the first rank act, unless there is a fault already; what fails there is an error of all."""

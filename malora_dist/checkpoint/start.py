@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from malora_dist.checkpoint import run_directory
-from malora_dist.checkpoint.adapter import AdapterInfo, check_whole
+from malora_dist.checkpoint.adapter import AdapterInfo, check_content, check_structure
 from malora_dist.checkpoint.base import has_manifest
 from malora_dist.checkpoint.manifest import verify
 from malora_dist.config import Config
@@ -57,25 +58,28 @@ def find_start(config: Config, topology: Topology) -> Start | None:
     Raises:
         CheckpointError: there are checkpoints, but none is sound.
     """
-    path = config.load
-    if config.resume == "auto" and config.save:
-        has_begun = [bool(run_directory.iterations(Path(config.save)))]
-        dist.broadcast_object_list(has_begun)  # of the first rank: others may not see yet what it has just written
-        if has_begun[0]:
-            path = config.save
-    if not path:
-        return None
-    listed: list = [[], [], ""]
-    if topology.rank == 0:
-        try:
-            listed = [*run_directory.candidates(Path(path)), ""]
-        except CheckpointError as error:
-            listed[2] = str(error)
+    listed: list[Any] = [[], [], ""]
+    if topology.rank == 0:  # others may not see yet what it has just written
+        listed[2] = _fault_of(lambda: listed.__setitem__(slice(2), _listed(config)))
     dist.broadcast_object_list(listed)
     directories, notes, fault = listed
     if fault:
         raise CheckpointError(fault)
+    if not directories:
+        return None
     return _first_sound(directories, notes, first_fault, *place_on_machine())
+
+
+def _listed(config: Config) -> tuple[list[Path], list[str]]:
+    """The checkpoints that a run may begin from, and what is odd; none: it starts anew."""
+    save, load = Path(config.save), Path(config.load)
+    if config.resume == "auto" and config.save and run_directory.iterations(save):
+        directories, notes = run_directory.candidates(save)
+        unused = [f"load={config.load!r}" if config.load and load.resolve() != save.resolve() else ""]
+        unused += ["overwrite=true" if config.overwrite else ""]
+        notes += [f"{text} has no effect: resume=auto goes on from {save}" for text in unused if text]
+        return directories, notes
+    return run_directory.candidates(load) if config.load else ([], [])
 
 
 def _first_sound(
@@ -83,17 +87,15 @@ def _first_sound(
 ) -> Start:
     faults: list[str] = []
     for directory in directories:
-        info = None
-        try:
-            info = check_whole(directory, part, parts)
-            fault = agree("")
-        except CheckpointError as error:
-            fault = agree(str(error))
-        if not fault and info is not None:
+        found: list[AdapterInfo] = []
+        fault = agree(_fault_of(partial(check_content, directory, part, parts)))
+        # Parsed only after that: what one would read wrong, another has found damaged.
+        fault = fault or agree(_fault_of(lambda: found.append(check_structure(directory))))  # noqa: B023 (called here)
+        if not fault:
             passed = [f"passed over: {fault}" for fault in faults]
-            if info.format_version < 3:
+            if found[0].format_version < 3:
                 passed.append(f"{directory}: an earlier version wrote it, so its content cannot be verified")
-            return Start(directory, info, [*notes, *passed])
+            return Start(directory, found[0], [*notes, *passed])
         faults.append(fault)
     rest = f" (and {len(faults) - 1} older ones are damaged too)" if len(faults) > 1 else ""
     raise CheckpointError(faults[0] + rest)
@@ -112,13 +114,14 @@ class BaseVerification:
     """
 
     def __init__(self, path: Path) -> None:
-        self.note, self._fault = "", ""
+        self._fault = ""
         self._thread = threading.Thread(target=self._verify_weights, args=(path,), name="verify", daemon=True)
-        if not has_manifest(path):
-            self.note = f"{path}: an earlier version converted it, so its content cannot be verified; import it again"
-            return
-        _raise_on_all(_fault_of(path, 0, 1, range(_LARGE)))
-        self._thread.start()
+        can_verify = has_manifest(path)  # copies of several machines may differ
+        _raise_on_all(_fault_of(partial(verify, path, sizes=range(_LARGE))) if can_verify else "")
+        text = f"{path}: an earlier version converted it, so its content cannot be verified; import the model again"
+        self.note = first_fault("" if can_verify or not path.is_dir() else text)
+        if can_verify:
+            self._thread.start()
 
     def finish(self) -> None:
         """Wait for the weights.
@@ -126,19 +129,22 @@ class BaseVerification:
         Raises:
             CheckpointError: as above.
         """
-        if not self.note:
+        if self._thread.ident:
             self._thread.join()
-            _raise_on_all(self._fault)
+        _raise_on_all(self._fault)
 
     def _verify_weights(self, path: Path) -> None:
-        self._fault = _fault_of(path, *place_on_machine(), range(_LARGE, sys.maxsize))
+        self._fault = _fault_of(partial(verify, path, *place_on_machine(), sizes=range(_LARGE, sys.maxsize)))
 
 
-def _fault_of(path: Path, part: int, parts: int, sizes: range) -> str:
+def _fault_of(check: Callable[[], object]) -> str:
+    """What a check says; empty: nothing."""
     try:
-        verify(path, part, parts, sizes)
+        check()
     except CheckpointError as error:
         return str(error)
+    except OSError as error:
+        return f"{error.filename}: cannot be read ({error.strerror}); check its permissions and its disk"
     return ""
 
 

@@ -50,7 +50,7 @@ class TensorChunk:
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    load: Callable[[], Tensor]  # gives a CPU tensor of `shape` and `dtype`
+    load: Callable[[], Tensor]  # gives a tensor of `shape` and `dtype`
 
 
 class Share(NamedTuple):
@@ -94,7 +94,9 @@ def write_share(
     plan = SavePlan(items, storage_data=_StoragePrefix(f"__{rank}_"))
     if not items:
         return Share(plan, [])
-    writer = FileSystemWriter(directory, thread_count=1)
+    writer = FileSystemWriter(
+        directory, thread_count=1, per_thread_copy_ahead=0
+    )  # torch's way ahead needs a CUDA context
     return Share(plan, writer.write_data(plan, _LazyPlanner(chunks, objects)).wait())
 
 
@@ -187,7 +189,9 @@ class TorchDistReader:
         metadata = read_metadata(file)
         try:
             self._check_files(metadata)
-        except (AttributeError, TypeError, KeyError) as error:  # what a damaged pickle leaves where a value should be
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a damaged pickle leaves where a value should be
             raise CheckpointError(f"{file}: is damaged ({error!r}); write or copy it again") from error
         return metadata
 

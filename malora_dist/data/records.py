@@ -151,7 +151,7 @@ def _hub_records(name: str, split: str, reading: Reading) -> _Unread:
             f"that can be loaded ({reason}); check path and split"
         ) from error
     for i, record in enumerate(dataset, start=1):
-        reading.add(json.dumps(record, default=str).encode() + b"\n")
+        reading.add(json.dumps(record, default=lambda value: type(value).__name__).encode() + b"\n")
         yield f"{name}[{split}]: record {i}", partial(_same, record)
 
 

@@ -29,10 +29,9 @@ def check_common_state(directory: Path, objects: Collection[str]) -> None:
         objects: the keys in the checkpoint that are not tensors.
 
     Raises:
-        CheckpointError: it is missing or damaged, or a newer megatron-core wrote it.
+        CheckpointError: it is missing, or a newer megatron-core wrote it.
     """
-    file = directory / "common.pt"
-    if file.is_file():
+    if (directory / "common.pt").is_file():
         return
     if _COMMON_STATE not in objects:
         raise CheckpointError(f"{directory}: is half-written, common.pt is missing; write or copy it again")

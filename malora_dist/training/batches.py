@@ -139,7 +139,8 @@ def _check_same_on_all_ranks(fingerprints: Mapping[str, str], paths: Mapping[str
     for rank, theirs in enumerate(of_ranks):
         for i, name in enumerate(fingerprints):
             if not torch.equal(theirs[i], of_ranks[0][i]):
+                file = paths.get(name) or paths[name.replace("/split", "/train")]
                 raise DataError(
-                    f"{paths[name]}: ranks 0 and {rank} have read different contents ({name}); "
+                    f"{file}: ranks 0 and {rank} have read different contents ({name}); "
                     "give all machines the same file, and do not change it while a run starts"
                 )

@@ -17,16 +17,12 @@ class Best:
         metric: its tag, as logged.
         value: the best so far; None: there was no evaluation, or none with a number.
         iteration: of the best.
-        last_value: of the last evaluation.
-        last_iteration: of the last evaluation; 0: there was none.
         without_improvement: evaluations since the last that improved by more than the threshold.
     """
 
     metric: str
     value: float | None = None
     iteration: int = 0
-    last_value: float | None = None
-    last_iteration: int = 0
     without_improvement: int = 0
 
     @property
@@ -44,7 +40,6 @@ class Best:
             threshold: what is better by no more than this is the best, but counts as no improvement.
         """
         gain = self._gain(value)
-        self.last_value, self.last_iteration = value, iteration
         self.without_improvement = 0 if gain > threshold else self.without_improvement + 1
         if gain > 0:
             self.value, self.iteration = value, iteration
@@ -64,8 +59,8 @@ class Best:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's; figures of another metric say nothing about this one and are left out."""
-        if state["metric"] == self.metric:
-            vars(self).update(state)
+        if state.get("metric") == self.metric:
+            vars(self).update({key: value for key, value in state.items() if key in vars(self)})
 
     def describe(self) -> str:
         """One line for the end of a run that has evaluated."""

@@ -13,7 +13,8 @@ from typing import NamedTuple
 from malora_dist.checkpoint.adapter import Trained
 from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
-from malora_dist.errors import CheckpointError, TrainingError, stopped_exit_code
+from malora_dist.errors import CheckpointError, TrainingError
+from malora_dist.exit_codes import stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.training.best import Best
 from malora_dist.training.evaluation import TaskMeans, Validation
@@ -56,6 +57,9 @@ class Callback:
 
     def after_step(self, step: Step) -> None:
         """Called when a step is done."""
+
+    def on_error(self) -> None:
+        """Called when an error that all ranks have met ends the run."""
 
 
 class Ending:
@@ -223,10 +227,18 @@ class Save(Periodic):
         if self._writer.is_pending and (is_due or self._writer.is_written()):
             self._try(self._finish, is_last=False)  # if this is the last step, its own checkpoint follows
         if is_due:
-            self._check(step.iteration)
-            self._try(lambda: self._writer.begin(self._trained, self._best.state_dict()), is_last)
-            if self._writer.is_pending and (is_last or not self._config.async_save):
-                self._try(self._finish, is_last)
+            self.save(step.iteration, is_last)
+
+    def save(self, iteration: int, is_last: bool) -> None:
+        """Write a checkpoint of this iteration, or begin to, with ``async_save`` and more steps to come."""
+        self._check(iteration)
+        self._try(lambda: self._writer.begin(self._trained, self._best.state_dict()), is_last)
+        if self._writer.is_pending and (is_last or not self._config.async_save):
+            self._try(self._finish, is_last)
+
+    def on_error(self) -> None:
+        if self._writer.is_pending:  # an earlier step's, which is sound
+            self._finish()
 
     def _finish(self) -> None:
         self._logger.message(f"saved {self._writer.finish()}")

@@ -68,6 +68,23 @@ def make_scheduler(config: TrainConfig, optimizer: MegatronOptimizer) -> Optimiz
     )
 
 
+def start_moments(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW the state that its first step would make, so that there is one to save before that step.
+
+    A first step may be skipped, and a checkpoint without moments could not be resumed.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam):  # AdamW is one; the fused ones of others keep their state otherwise
+            continue
+        for group in inner.param_groups:
+            on_device = group.get("fused") or group.get("capturable")  # where torch then wants the number of steps
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else None)
+                inner.state[parameter] = {"step": step, **zeros}
+
+
 @torch.no_grad()
 def step_if_finite(optimizer: MegatronOptimizer) -> float:
     """Update the parameters, unless a gradient is not finite on any rank; then nothing changes, moments included.

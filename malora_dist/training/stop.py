@@ -11,10 +11,10 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from malora_dist.errors import RESTART_SIGNAL, STOP_SIGNALS
+from malora_dist.exit_codes import RESTART_SIGNAL, STOP_SIGNALS
 
 #: Of a signal that comes twice, from a scheduler to all processes and from torchrun to its ranks, one counts.
-_TWICE_WITHIN_SECONDS = 1.0
+_TWICE_WITHIN_SECONDS = 10.0
 
 
 class StopSignals:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -28,6 +29,7 @@ from malora_dist.checkpoint.start import BaseVerification, find_start
 from malora_dist.config import Config, check_evaluated
 from malora_dist.data.batches import Microbatch
 from malora_dist.data.dataset import data_paths
+from malora_dist.errors import MaloraError
 from malora_dist.exchange.plan import plan_exchanges
 from malora_dist.families.base import family_of
 from malora_dist.layers.adapted_linear import start_from_base
@@ -53,6 +55,7 @@ from malora_dist.training.optimizer import (
     make_optimizer,
     make_scheduler,
     set_hyperparameters,
+    start_moments,
     step_if_finite,
 )
 from malora_dist.training.parameters import check_finite
@@ -111,39 +114,48 @@ class Trainer:
         no_sync = [chunk.no_sync for chunk in self.ddp]
         self.model_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
         optimizer = make_optimizer(config, self.ddp, adam_choice(config, topology.device))
+        start_moments(optimizer)
         self.trained = Trained(model, optimizer)
         if self.start:
             load_adapter_checkpoint(self.start.directory, self.start.info.has_optimizer, self.trained, topology)
         check_finite(model, base_path, self.start and self.start.directory)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
+        self.best, self.ending, self.signals = (
+            Best(config.early_stopping_metric),
+            Ending(config.last_iteration),
+            StopSignals(),
+        )
+        if self.start and self.start.info.best:
+            self.best.load_state_dict(dict(self.start.info.best))
+        self.replicas = CheckReplicas(config, model, topology)
         writer = self._make_writer() if config.save else None  # refuses before anything is written
         self.traffic = TrafficCounter(topology)
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
-        self.replicas = CheckReplicas(config, model, topology)
-        self.best, self.ending = Best(config.early_stopping_metric), Ending(config.last_iteration)
-        if self.start and self.start.info.best:
-            self.best.load_state_dict(dict(self.start.info.best))
-        self.callbacks: list[Callback] = [
-            Log(config, self.logger, self.recorded, self.ending),
-            StopIfNotFinite(config, self.logger, self._last_sources),
+        self.callbacks = self._make_callbacks(writer)
+
+    def _make_callbacks(self, writer: CheckpointWriter | None) -> list[Callback]:
+        """In the order in which they are called; those that may end the run come before the one that saves."""
+        config, logger, ending = self.config, self.logger, self.ending
+        callbacks: list[Callback] = [
+            Log(config, logger, self.recorded, ending),
+            StopIfNotFinite(config, logger, self._last_sources),
             self.replicas,
         ]
         if config.eval_iters:
-            self.callbacks.append(Evaluate(config, self.logger, self.evaluate, self.best, self.ending))
-        self.signals = StopSignals()
-        self.callbacks.append(StopOnSignal(config, self.ending, lambda: self.signals.agreed(topology.device)))
+            callbacks.append(Evaluate(config, logger, self.evaluate, self.best, ending))
+        callbacks.append(StopOnSignal(config, ending, lambda: self.signals.agreed(self.topology.device)))
         if writer:
-            self.callbacks.append(
-                Save(config, self.logger, writer, self.trained, self.best, self.ending, self.replicas.check)
-            )
+            callbacks.append(Save(config, logger, writer, self.trained, self.best, ending, self.replicas.check))
+        return callbacks
 
     def _make_writer(self) -> CheckpointWriter:
         """What writes this run's checkpoints; `save` is made ready for them."""
         layers, data = self.hf.num_hidden_layers, self.batches.fingerprints
         writer = CheckpointWriter(self.config, describe_run(self.config, self.base, layers, data), self.topology)
         save = Path(self.config.save).resolve()
-        writer.prepare(goes_on_here=self.start is not None and self.start.directory.resolve().parent == save)
+        goes_on_here = self.start is not None and self.start.directory.resolve().parent == save
+        writer.prepare(goes_on_here, self.best.iteration if goes_on_here and self.best.value is not None else None)
         return writer
 
     def train(self) -> None:
@@ -162,13 +174,19 @@ class Trainer:
                 heartbeat.begin(self.trained.iteration + 1)
                 record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
                 step = self.train_step(record)
-                for callback in self.callbacks:
-                    callback.after_step(step)
+                try:
+                    for callback in self.callbacks:
+                        callback.after_step(step)
+                except MaloraError:
+                    for callback in self.callbacks:
+                        callback.on_error()
+                    raise
             if self.ending.reason:
                 self.logger.message(f"ends after iteration {self.trained.iteration}: {self.ending.reason}")
             if self.best.value is not None:
                 self.logger.message(self.best.describe())
         if self.ending.exit_code:
+            dist.barrier()  # whoever starts the ranks ends the others when the first is gone
             raise SystemExit(self.ending.exit_code)
 
     def train_step(self, record: bool = False) -> Step:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -14,16 +17,37 @@ class TensorBoardLogger:
     """Writes event files to a directory; messages are not for it."""
 
     def __init__(self, directory: Path) -> None:
-        self._writer = SummaryWriter(str(directory))
+        self._directory = directory
+        self._writer: SummaryWriter | None = SummaryWriter(str(directory))
 
     def message(self, text: str) -> None:
         """TensorBoard shows figures only."""
 
     def log(self, metrics: Metrics, step: int) -> None:
+        if self._writer is not None:
+            with self._giving_up():
+                self._write(self._writer, metrics, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with self._giving_up():
+                self._writer.close()
+
+    @contextlib.contextmanager
+    def _giving_up(self) -> Iterator[None]:
+        """Pictures are not worth a run: if the disk fails, the run goes on without them and says so once."""
+        try:
+            yield
+        except OSError as error:  # of the writer's thread, raised by its next call
+            self._writer = None
+            print(f"no more TensorBoard events: {self._directory} cannot be written ({error})", file=sys.stderr)
+
+    @staticmethod
+    def _write(writer: SummaryWriter, metrics: Metrics, step: int) -> None:
         for tag, value in metrics.scalars.items():
-            self._writer.add_scalar(tag, value, step)
+            writer.add_scalar(tag, value, step)
         for tag, counts in metrics.counts.items():
-            self._writer.add_histogram_raw(
+            writer.add_histogram_raw(
                 tag,
                 min=0,
                 max=len(counts) - 1,
@@ -34,9 +58,6 @@ class TensorBoardLogger:
                 bucket_counts=counts,
                 global_step=step,
             )
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def make(config: Config) -> Logger | None:
