@@ -72,8 +72,6 @@ def _improved(agent: Any) -> Any:
                 self._remaining_restarts = 0
             elif {code for code in codes if code >= 0} == {stopped_exit_code(RESTART_SIGNAL)}:
                 # Another machine's agent was faster, see below.
-                stopped_exit_code(RESTART_SIGNAL)
-            }:  # another machine's agent was faster, see below
                 self._remaining_restarts += 1
             return result
 

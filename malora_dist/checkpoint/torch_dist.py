@@ -94,9 +94,8 @@ def write_share(
     plan = SavePlan(items, storage_data=_StoragePrefix(f"__{rank}_"))
     if not items:
         return Share(plan, [])
-    writer = FileSystemWriter(
-        directory, thread_count=1, per_thread_copy_ahead=0
-    )  # torch's way ahead needs a CUDA context
+    # Without copying ahead, for which torch would want a CUDA context of this thread's own.
+    writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
     return Share(plan, writer.write_data(plan, _LazyPlanner(chunks, objects)).wait())
 
 
