@@ -26,7 +26,7 @@ def train_on_a_bad_disk(arguments: list[str], fault: str, save: str, at: int, ra
 
     def fail(self: CheckpointWriter, pending: Any) -> None:
         is_here = pending.info.iteration == at and int(os.environ["RANK"]) == rank
-        with _full_disk() if is_here and fault == "full" else contextlib.nullcontext():
+        with full_disk() if is_here and fault == "full" else contextlib.nullcontext():
             if is_here and fault == "vanished":
                 shutil.rmtree(Path(save))
             write(self, pending)
@@ -35,8 +35,22 @@ def train_on_a_bad_disk(arguments: list[str], fault: str, save: str, at: int, ra
         return train_main(arguments)
 
 
+def save_at_once(overrides: list[str]) -> None:
+    """Save before the first step."""
+    from malora_dist.parallel import topology as layout
+    from malora_dist.training.callbacks import Save
+    from tests.jobs import _trainer
+
+    trainer = _trainer(overrides)
+    try:
+        [saver] = [callback for callback in trainer.callbacks if isinstance(callback, Save)]
+        saver.save(0, is_last=True)
+    finally:
+        layout.destroy()
+
+
 @contextlib.contextmanager
-def _full_disk() -> Iterator[None]:
+def full_disk() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:

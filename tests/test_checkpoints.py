@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from malora_dist.checkpoint.base import TRACKER_FILE
 from malora_dist.checkpoint.convert import export_hf, read_adapter_weights
 from malora_dist.checkpoint.inspection import inspect
 from malora_dist.errors import CheckpointError
@@ -66,7 +67,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert read_adapter_weights(save, told.append).iteration == 1
     assert len(told) == 3
     findings = {finding.directory.name: finding.fault for finding in inspect(save)}
-    assert [name for name, fault in findings.items() if not fault] == ["iter_0000001"]
+    assert [name for name, fault in findings.items() if not fault] == [TRACKER_FILE, "iter_0000001"]
 
 
 def test_nothing_sound_is_an_error(
@@ -221,3 +222,77 @@ def test_differences_are_listed_and_changed_data_is_refused(
     assert accepted.code == 0, accepted.stderr
     renamed = run(workers, 2, *settings(base_dir, files, tmp_path / "e", *resume, "data[0].name=other"))
     assert "the tasks are no longer" in renamed.stderr
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_checkpoint_before_the_first_update_can_be_resumed(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path, sharded: bool
+) -> None:
+    """As when the first step is skipped; AdamW has no moments of its own accord by then."""
+    keys = [*EP_2, "eval_iters=0", "train_iters=2", f"use_distributed_optimizer={sharded}"]
+    command = overrides(base_dir, task_files, *keys)
+    whole = workers.run("train_with_cli", 2, overrides=command)
+    workers.run("jobs_checkpoints:save_at_once", 2, overrides=[*command, f"save={tmp_path}"])
+    assert names(tmp_path) == ["iter_0000000"]
+    assert workers.run("train_with_cli", 2, overrides=[*command, f"load={tmp_path}"]) == whole
+
+
+def test_the_best_checkpoint_is_known_after_a_resume(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    """Whatever became of the file that names it: each checkpoint says what was the best when it was written."""
+    save = tmp_path / "save"
+    keys = ["save_interval=1", "eval_interval=1", "eval_iters=2", "keep_best=true", "keep_last=1", "resume=auto"]
+    command = [*overrides(base_dir, task_files, *EP_2, *keys, "train_iters=4"), f"save={save}"]
+    assert run(workers, 2, *command, "exit_interval=2", "lr=0.01").code == 0
+    named = int((save / "best_checkpointed_iteration.txt").read_text())
+    (save / "best_checkpointed_iteration.txt").write_bytes(b"\xff")
+    ended = run(workers, 2, *command, "lr=30", "clip_grad=0")  # from here on it gets worse
+    assert ended.code == 0, ended.stderr
+    assert int((save / "best_checkpointed_iteration.txt").read_text()) == named
+    assert names(save) == sorted({f"iter_{named:07d}", "iter_0000004"})
+
+
+def test_copies_of_a_base_of_which_one_has_no_manifest(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    """Machines with disks of their own: no rank waits for another, and what is not verified is told."""
+    for rank in range(2):
+        shutil.copytree(base_dir, tmp_path / f"base{rank}")
+    (tmp_path / "base1" / "manifest.json").unlink()
+    command = settings(Path(f"{tmp_path}/base$RANK"), task_files, tmp_path / "save", "train_iters=1")
+    ended = run(workers, 2, *command)
+    assert ended.code == 0, ended.stderr
+    assert "base1: an earlier version converted it, so its content cannot be verified" in ended.stdout
+    flip(tmp_path / "base0" / "iter_0000000" / ".metadata")
+    damaged = run(workers, 2, *command)
+    assert damaged.code == 2
+    assert ".metadata: is damaged" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("common.pt", b""), ("common.pt", b"PK"), ("metadata.json", b""), ("metadata.json", b"[]")]
+)
+def test_damage_without_a_manifest_is_one_line(finished: Path, tmp_path: Path, file: str, content: bytes) -> None:
+    """Of a checkpoint that an earlier version wrote; the one before is taken."""
+    save = shutil.copytree(finished, tmp_path / "save")
+    newest = save / "iter_0000003"
+    (newest / "manifest.json").unlink()
+    text = (newest / "adapter.json").read_text().replace('"format_version": 3', '"format_version": 2')
+    (newest / "adapter.json").write_text(text)
+    assert read_adapter_weights(save, list[str]().append).iteration == 3
+    (newest / file).write_bytes(content)
+    told: list[str] = []
+    assert read_adapter_weights(save, told.append).iteration == 2
+    assert f"{file}: is" in told[0]
+
+
+def test_what_resume_auto_makes_useless_is_told(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
+) -> None:
+    save = shutil.copytree(finished, tmp_path / "save")
+    more = [f"load={finished / 'iter_0000001'}", "overwrite=true", "resume=auto", "train_iters=3"]
+    ended = run(workers, 2, *settings(base_dir, task_files, save, *more))
+    assert "iter_0000001' has no effect: resume=auto goes on from" in ended.stdout
+    assert "overwrite=true has no effect" in ended.stdout
+    assert names(save) == names(finished)

@@ -43,7 +43,8 @@ LAYERS = {
     "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
     "metrics": Layer("methods config kernels parallel exchange families layers models checkpoint"),
     "training": Layer(
-        "errors config parallel exchange families layers models data checkpoint metrics pretrained", megatron=True
+        "errors exit_codes config parallel exchange families layers models data checkpoint metrics pretrained",
+        megatron=True,
     ),
     "hf": Layer("errors files methods config kernels data pretrained"),
     "launch": Layer("errors exit_codes"),

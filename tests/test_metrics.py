@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from malora_dist.config import Config
 from malora_dist.metrics.loggers import base
 from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
+from malora_dist.metrics.loggers.tensorboard import TensorBoardLogger
+from tests.jobs_checkpoints import full_disk
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
 
@@ -41,6 +43,20 @@ def test_console(capsys: pytest.CaptureFixture[str]) -> None:
         "two",
         "lines",
     ]
+
+
+def test_a_full_disk_ends_the_events_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error of the writer's thread comes out of a later call, and once."""
+    logger = TensorBoardLogger(tmp_path)
+    with full_disk():
+        for step in range(400):
+            logger.log(Metrics({"lm loss": 1.0}, {"counts": [1.0, 2.0]}), step)
+        logger.close()
+    logger.log(Metrics({"lm loss": 1.0}), 400)
+    logger.close()
+    told = capsys.readouterr().err
+    assert told.count("no more TensorBoard events") == 1
+    assert str(tmp_path) in told
 
 
 def test_where_tensorboard_writes(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
@@ -246,9 +247,17 @@ def load_adapter_checkpoint(directory: Path, has_optimizer: bool, trained: Train
     for number, chunk in enumerate(trained.model):
         chunk.load_state_dict(loaded["model"][f"chunk {number}"], strict=False)
     if has_optimizer:
+        _restore_step_0(loaded["optimizer"])
         trained.optimizer.load_state_dict(loaded["optimizer"])
         trained.iteration = loaded["progress"]["iteration"]
         trained.consumed_samples = loaded["progress"]["consumed_samples"]
+
+
+def _restore_step_0(state: dict[Any, Any]) -> None:
+    """Megatron's plain optimizers store the number of steps once for all parameters, but not a number of 0."""
+    for part in [state] if "state" in state else state.values():  # of a chain they are numbered
+        if isinstance(part, dict) and "exp_avg" in next(iter(part.get("state", {}).values()), {}):
+            part["state"].setdefault("common_step", torch.zeros(()))
 
 
 def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling, cure: str) -> dict[str, Any]:
