@@ -256,8 +256,10 @@ def load_adapter_checkpoint(directory: Path, has_optimizer: bool, trained: Train
 def _restore_step_0(state: dict[Any, Any]) -> None:
     """Megatron's plain optimizers store the number of steps once for all parameters, but not a number of 0."""
     for part in [state] if "state" in state else state.values():  # of a chain they are numbered
-        if isinstance(part, dict) and "exp_avg" in next(iter(part.get("state", {}).values()), {}):
-            part["state"].setdefault("common_step", torch.zeros(()))
+        states = part.get("state", {}) if isinstance(part, dict) else {}
+        moments = [state for state in states.values() if isinstance(state, dict) and "exp_avg" in state]
+        if moments and "step" not in moments[0]:
+            states.setdefault("common_step", torch.zeros(()))
 
 
 def _load_sharded(state: dict[str, Any], directory: Path, strict: StrictHandling, cure: str) -> dict[str, Any]:
