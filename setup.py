@@ -26,7 +26,6 @@ setup(
         "transformers>=5,<6",
         "peft>=0.21,<0.22",
         "datasets",
-        "huggingface_hub",
         "safetensors",
         "tokenizers",
         "jinja2",  # chat templates
@@ -37,10 +36,9 @@ setup(
         "rich",
         "numpy",
         "packaging",
-        "psutil",  # megatron-core saves checkpoints with it without asking for it
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis>=6.100,<7", "ruff", "mypy", "matplotlib"],
+        "dev": ["pytest", "hypothesis>=6.100,<7", "psutil", "ruff", "mypy", "matplotlib"],
         "benchmarks": ["matplotlib"],
     },
 )
