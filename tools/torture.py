@@ -30,6 +30,7 @@ from tools.torture.findings import DONE, Findings
 def main() -> None:
     arguments = _parse()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its runs
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that its runs end with it
     folder = Path(tempfile.mkdtemp(prefix="malora-torture-", dir=arguments.directory))
     findings = Findings()
     findings.say(f"in {folder}, seed {arguments.seed}")

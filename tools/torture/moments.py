@@ -38,7 +38,7 @@ def _evaluation(run: Run, part: float) -> None:
     """It follows the log line of its step."""
 
     def count() -> int:
-        steps = re.findall(r"^iteration (\d+)/", run.text, re.MULTILINE)
+        steps = re.findall(r"^iteration +(\d+)/", run.text, re.MULTILINE)
         return sum(int(step) % EVAL_INTERVAL == 0 for step in steps)
 
     before = count()

@@ -78,7 +78,7 @@ class Site:
         if layout not in self._expected:
             with Run(self, layout, (), f"undisturbed-{layout.name}", restarts=0) as run:
                 began = time.monotonic()
-                run.wait_until(lambda: "iteration 1/" in run.text)
+                run.wait_until(lambda: run.steps() > 0)
                 self.start_seconds = time.monotonic() - began
                 if run.end() != 0:
                     raise RuntimeError(f"an undisturbed run fails:\n{run.text}")
@@ -166,7 +166,7 @@ class Run:
 
     def steps(self) -> int:
         """Log lines of steps so far."""
-        return len(re.findall(r"^iteration \d+/", self.text, re.MULTILINE))
+        return len(re.findall(r"^iteration +\d+/", self.text, re.MULTILINE))
 
     # --- what happens to it
 
@@ -204,7 +204,7 @@ class Run:
         starts = [match.start() for match in re.finditer(r"^layout  ", text, re.MULTILINE)]
         for start, following in zip(starts, [*starts[1:], len(text)], strict=True):
             floor = max((iteration for at, iteration in self._floors if at <= start), default=0)
-            first = re.search(r"^iteration (\d+)/", text[start:following], re.MULTILINE)
+            first = re.search(r"^iteration +(\d+)/", text[start:following], re.MULTILINE)
             if first and int(first[1]) <= floor:
                 return f"iteration {floor} was published, and a later start began with step {first[1]}"
         return ""
