@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import shutil
@@ -129,30 +130,29 @@ def kill_run(
             if not run.is_running:
                 break
             run.disturb()
-            findings.counts["kills"] += kill(run, target, rng)
+            victims = drawn_victims(run, target, rng)
+            kill(victims)
+            findings.counts["kills"] += 1
             disturbed.note(f"{target} at {moment}")
-            if target != "rank":
+            if run.agent in victims:
                 disturbed.check_gone()
                 run.start()
         disturbed.finish()
 
 
-def kill(run: Run, target: str, rng: random.Random) -> int:
-    """Kill a rank (the agent, if there is none), the agent, or everything in any order; whether that was one."""
+def drawn_victims(run: Run, target: str, rng: random.Random) -> list[psutil.Process]:
+    """A rank (the agent, while there is none), the agent, or everything in any order."""
     ranks = run.ranks()
-    victims = [run.agent]
-    if target == "rank" and ranks:
-        victims = [rng.choice(ranks)]
-    elif target == "all":
-        victims = rng.sample([run.agent, *ranks], len(ranks) + 1)
-    killed = 0
-    for victim in victims:
-        try:
-            victim.kill()
-            killed = 1
-        except psutil.NoSuchProcess:
-            continue
-    return killed
+    if target == "all":
+        return rng.sample([run.agent, *ranks], len(ranks) + 1)
+    return [rng.choice(ranks)] if target == "rank" and ranks else [run.agent]
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """kill -9, one after the other."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def hang_run(site: Site, findings: Findings, seed: int, layout: Layout | None = None) -> None:
@@ -196,10 +196,8 @@ def signal_run(site: Site, findings: Findings, seed: int, layout: Layout | None 
         ranks = run.ranks()
         receivers = {"launch": [run.agent], "all": [run.agent, *ranks], "rank": ranks[:1]}[target]
         for receiver in receivers:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):
                 receiver.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
         disturbed.note(f"{number.name} to {target} at {moment}")
         findings.counts["signals"] += 1
         code = run.end()
@@ -250,8 +248,6 @@ def full_disk_run(site: Site, findings: Findings, seed: int, layout: Layout | No
 def limit_files(processes: list[psutil.Process], size: int) -> None:
     """No file of theirs can grow beyond so many bytes (RLIMIT_FSIZE)."""
     for process in processes:
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess):
             _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
             process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
-        except psutil.NoSuchProcess:
-            continue

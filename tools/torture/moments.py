@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 
@@ -47,15 +48,25 @@ def _evaluation(run: Run, part: float) -> None:
 
 
 def _saving(run: Run, part: float) -> None:
-    run.wait_until(lambda: any(run.save.glob(".iter_*")))
+    before = _places(run, ".iter_*.partial")
+    run.wait_until(lambda: bool(_places(run, ".iter_*.partial") - before))
     run.rest(0.03 * part)
 
 
 def _publishing(run: Run, part: float) -> None:
     """Between the renames and removals that end a save."""
-    before = {entry.name for entry in run.save.glob("iter_*")}
-    run.wait_until(lambda: bool({entry.name for entry in run.save.glob("iter_*")} - before))
+    before = _places(run, "iter_*")
+    run.wait_until(lambda: bool(_places(run, "iter_*") - before))
     run.rest(0.005 * part)
+
+
+def _places(run: Run, pattern: str) -> set[tuple[str, int]]:
+    """Entries of `save`; one that was made again is another."""
+    found = set()
+    for entry in run.save.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((entry.name, entry.stat().st_ino))
+    return found
 
 
 def _ending(run: Run, part: float) -> None:
