@@ -34,7 +34,7 @@ class Files:
     """A converted base and a run's two checkpoints, the newer of which is damaged."""
 
     def __init__(self, folder: Path, findings: Findings, seed: int) -> None:
-        self._findings, self._rng = findings, random.Random(seed)
+        self.findings, self._rng = findings, random.Random(seed)
         one_layer = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8}
         write_llama(folder / "small-llama", **one_layer, num_attention_heads=2, num_key_value_heads=1)
         self._base, self._save = folder / "small-base", folder / "small-save"
@@ -52,8 +52,8 @@ class Files:
 
     def damage_one(self) -> None:
         """Flip the next byte that was not flipped yet; now and then, or if there is none left, do something else."""
-        self._findings.counts["torn"] += 1
-        flip = next(self._flips, None) if self._findings.counts["torn"] % _OTHER_EVERY else None
+        self.findings.counts["torn"] += 1
+        flip = next(self._flips, None) if self.findings.counts["torn"] % _OTHER_EVERY else None
         if flip is not None:
             self.flipped += 1
             content = bytearray(self._contents[flip.file])
@@ -79,7 +79,7 @@ class Files:
             text = f"{error!r}"
         file.write_bytes(self._contents[file])
         if text:
-            self._findings.fault("wrong", f"{file}: {how}: {text}")
+            self.findings.fault("wrong", f"{file}: {how}: {text}")
 
     def _base_says(self, file: Path) -> bool:
         (finding,) = inspect(self._base)

@@ -45,7 +45,7 @@ class Disturbed:
     def __init__(
         self, site: Site, findings: Findings, name: str, layout: Layout, keys: list[str], restarts: int
     ) -> None:
-        self._findings, self._expected = findings, site.expected(layout)
+        self._findings, self.expected = findings, site.expected(layout)
         self.run = Run(site, layout, keys, f"{name}-{time.time_ns()}", restarts + _SPARE_RESTARTS)
         self._events = [f"{name}: {layout.name} {' '.join(keys)}:"]
         self._is_sound = True
@@ -82,12 +82,13 @@ class Disturbed:
             self.fault("lost", f"it ends with exit code {code}: {self.run.text[-300:]}")
         else:
             self.check_gone()
-            self._compare()
+            self.compare()
         self._findings.say(f"{' '.join(self._events)} {'as undisturbed' if self._is_sound else 'NOT as it should be'}")
         if self._is_sound:
             shutil.rmtree(self.run.folder)
 
-    def _compare(self) -> None:
+    def compare(self) -> None:
+        """Against the undisturbed run."""
         if back := self.run.went_back():
             self.fault("lost", back)
         if left := [entry.name for entry in self.run.save.glob(".*")]:
@@ -97,9 +98,9 @@ class Disturbed:
         except MaloraError as error:
             self.fault("lost", str(error))
             return
-        if tensors.keys() != self._expected.keys():
+        if tensors.keys() != self.expected.keys():
             self.fault("wrong", "other tensors than an undisturbed run")
-        elif differing := [key for key, value in tensors.items() if not torch.equal(value, self._expected[key])]:
+        elif differing := [key for key, value in tensors.items() if not torch.equal(value, self.expected[key])]:
             self.fault("wrong", f"{len(differing)} of {len(tensors)} tensors differ, the first {differing[0]}")
 
 

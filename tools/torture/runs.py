@@ -94,7 +94,7 @@ class Run:
         self.folder = site.folder / name
         self.folder.mkdir()
         self.save, self._log = self.folder / "save", self.folder / "log"
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
         launch = ["--standalone", "--nproc-per-node", str(layout.ranks), "--max-restarts", str(restarts)]
         train = [*site.keys, *layout.keys, f"save={self.save}", "resume=auto", *keys]
         self.command = [sys.executable, "-m", "malora_dist.launch", *launch, "-m", "malora_dist.train", *train]
@@ -113,7 +113,7 @@ class Run:
 
     def start(self) -> None:
         """Launch, as a person or a scheduler would start it again."""
-        variables = {TOKEN: self._token, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        variables = {TOKEN: self.token, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         environment = os.environ | variables | {"GLOO_SOCKET_IFNAME": "lo"}
         self.agent = psutil.Popen(
             self.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
@@ -146,7 +146,7 @@ class Run:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(TOKEN) == self._token and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get(TOKEN) == self.token and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
                 continue
