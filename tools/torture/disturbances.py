@@ -48,11 +48,12 @@ class Disturbed:
         self._findings, self.expected = findings, site.expected(layout)
         self.run = Run(site, layout, keys, f"{name}-{time.time_ns()}", restarts + _SPARE_RESTARTS)
         self._events = [f"{name}: {layout.name} {' '.join(keys)}:"]
-        self._is_sound = True
+        self._is_sound, self._began = True, time.monotonic()
 
     def note(self, event: str) -> None:
         """Add to what is told of this run."""
-        self._events.append(f"{event} (iteration {self.run.published()})")
+        seconds = time.monotonic() - self._began
+        self._events.append(f"{event} ({seconds:.0f} s, iteration {self.run.published()})")
 
     def fault(self, kind: str, text: str) -> None:
         """Tell a fault and keep the run's folder."""

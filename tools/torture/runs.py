@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -202,7 +203,7 @@ class Run:
         """Where a start was behind what had been published; empty: nowhere."""
         text = self.text
         starts = [match.start() for match in re.finditer(r"^layout  ", text, re.MULTILINE)]
-        for start, following in zip(starts, [*starts[1:], len(text)], strict=True):
+        for start, following in itertools.pairwise([*starts, len(text)]):
             floor = max((iteration for at, iteration in self._floors if at <= start), default=0)
             first = re.search(r"^iteration +(\d+)/", text[start:following], re.MULTILINE)
             if first and int(first[1]) <= floor:
