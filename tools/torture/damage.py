@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,8 @@ def _train(folder: Path, base: Path, save: Path) -> None:
 def fuzz(findings: Findings, name: str, seed: int) -> None:
     """One damaged input of a property in tests/fuzzing.py."""
     findings.counts["fuzzed"] += 1
-    with tempfile.TemporaryDirectory(prefix="malora-torture-") as folder:
+    with tempfile.TemporaryDirectory(prefix="malora-torture-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about what is damaged on purpose
         try:
             PROPERTIES[name](random.Random(seed), Path(folder))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
