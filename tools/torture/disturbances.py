@@ -17,7 +17,7 @@ from malora_dist.checkpoint.inspection import inspect
 from malora_dist.errors import MaloraError, stopped_exit_code
 from tools.torture.findings import Findings
 from tools.torture.moments import MOMENTS
-from tools.torture.runs import LAYOUTS, Layout, Run, Site
+from tools.torture.runs import LAYOUTS, HangsError, Layout, Run, Site
 
 #: Restarts beyond those that the disturbances need.
 _SPARE_RESTARTS = 3
@@ -45,10 +45,23 @@ class Disturbed:
     def __init__(
         self, site: Site, findings: Findings, name: str, layout: Layout, keys: list[str], restarts: int
     ) -> None:
-        self._findings, self.expected = findings, site.expected(layout)
+        self.findings, self.expected = findings, site.expected(layout)
         self.run = Run(site, layout, keys, f"{name}-{time.time_ns()}", restarts + _SPARE_RESTARTS)
         self._events = [f"{name}: {layout.name} {' '.join(keys)}:"]
         self._is_sound, self._began = True, time.monotonic()
+
+    def __enter__(self) -> Run:
+        return self.run.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        """End the run, tell about it and remove its folder, unless something was found."""
+        if is_hanging := isinstance(error, HangsError):
+            self.fault("lost", str(error))
+        self.run.__exit__(kind, error, trace)
+        self.findings.say(f"{' '.join(self._events)} {'as undisturbed' if self._is_sound else 'NOT as it should be'}")
+        if self._is_sound and error is None:
+            shutil.rmtree(self.run.folder)
+        return is_hanging
 
     def note(self, event: str) -> None:
         """Add to what is told of this run."""
@@ -58,7 +71,7 @@ class Disturbed:
     def fault(self, kind: str, text: str) -> None:
         """Tell a fault and keep the run's folder."""
         self._is_sound = False
-        self._findings.fault(kind, f"{text} - {' '.join(self._events)}", self.run.folder)
+        self.findings.fault(kind, f"{text} - {' '.join(self._events)}", self.run.folder)
 
     def check_gone(self) -> None:
         """The launch has ended: nothing of it may be left, and every checkpoint that has its name is sound."""
@@ -75,18 +88,13 @@ class Disturbed:
         return [(f.directory.name, f.fault) for f in inspect(self.run.save) if f.fault and f.directory != self.run.save]
 
     def finish(self) -> None:
-        """Let it come to its end, compare, and remove its folder."""
+        """Let it come to its end, and compare."""
         code = self.run.end()
-        if code is None:
-            self.fault("lost", "it does not end")
-        elif code != 0:
+        self.check_gone()
+        if code != 0:
             self.fault("lost", f"it ends with exit code {code}: {self.run.text[-300:]}")
         else:
-            self.check_gone()
             self.compare()
-        self._findings.say(f"{' '.join(self._events)} {'as undisturbed' if self._is_sound else 'NOT as it should be'}")
-        if self._is_sound:
-            shutil.rmtree(self.run.folder)
 
     def compare(self) -> None:
         """Against the undisturbed run."""
@@ -126,7 +134,7 @@ def kill_run(
     ]
     plan = plan or drawn
     disturbed = Disturbed(site, findings, "kills", layout, keys, restarts=len(plan))
-    with disturbed.run as run:
+    with disturbed as run:
         for target, moment in plan:
             MOMENTS[moment](run, rng.random())
             if not run.is_running:
@@ -164,8 +172,8 @@ def hang_run(site: Site, findings: Findings, seed: int, layout: Layout | None = 
     keys = [*drawn_keys(rng), f"distributed_timeout_minutes={_TIMEOUT_SECONDS / 60}"]
     moment = rng.choice(("step", "eval", "save", "publish"))
     disturbed = Disturbed(site, findings, "hangs", layout, keys, restarts=3)
-    with disturbed.run as run:
-        run.wait_until(lambda: run.steps() > 0)
+    with disturbed as run:
+        run.wait_for(lambda: run.steps() > 0)
         MOMENTS[moment](run, rng.random())
         run.disturb()
         number, ranks, starts = rng.randrange(layout.ranks), run.ranks(), run.text.count("going on at")
@@ -176,8 +184,7 @@ def hang_run(site: Site, findings: Findings, seed: int, layout: Layout | None = 
             limit = _TIMEOUT_SECONDS + 30 + 6 * site.start_seconds
             goes_on = run.wait_until(lambda: run.text.count("going on at") > starts, limit)
             if run.is_running and not goes_on:
-                disturbed.fault("lost", f"still hangs after {limit:.0f} s")
-                return
+                raise HangsError(f"still hangs after {limit:.0f} s")
             findings.counts["hangs"] += 1
             disturbed.note(f"goes on after {time.monotonic() - began:.0f} s")
         disturbed.finish()
@@ -191,7 +198,7 @@ def signal_run(site: Site, findings: Findings, seed: int, layout: Layout | None 
     target = rng.choice(("launch", "launch", "all", "rank"))
     moment = rng.choice(list(MOMENTS))
     disturbed = Disturbed(site, findings, "signals", layout, drawn_keys(rng), restarts=1)
-    with disturbed.run as run:
+    with disturbed as run:
         MOMENTS[moment](run, rng.random())
         run.disturb()
         has_begun = run.steps() > 0
@@ -224,8 +231,8 @@ def full_disk_run(site: Site, findings: Findings, seed: int, layout: Layout | No
     disturbed = Disturbed(
         site, findings, "full disk", layout, [*drawn_keys(rng), f"on_save_error={policy}"], restarts=1
     )
-    with disturbed.run as run:
-        run.wait_until(lambda: "\nsaved " in run.text)
+    with disturbed as run:
+        run.wait_for(lambda: "\nsaved " in run.text)
         run.disturb()
         limit = rng.choice((0, rng.randrange(1, 4096), rng.randrange(4096, 60_000)))
         ranks = run.ranks()
@@ -233,7 +240,7 @@ def full_disk_run(site: Site, findings: Findings, seed: int, layout: Layout | No
         limit_files(full, limit)
         disturbed.note(f"files of {len(full)} ranks at most {limit} bytes")
         if policy == "continue":
-            run.wait_until(lambda: "no checkpoint: " in run.text)
+            run.wait_for(lambda: "no checkpoint: " in run.text)
             limit_files(full, psutil.RLIM_INFINITY)
         code = run.end()
         findings.counts["full_disk"] += 1

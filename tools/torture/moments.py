@@ -31,7 +31,7 @@ def _loading(run: Run, part: float) -> None:
 
 def _step(run: Run, part: float) -> None:
     before = run.steps()
-    run.wait_until(lambda: run.steps() > before)
+    run.wait_for(lambda: run.steps() > before)
     run.rest(0.3 * part)
 
 
@@ -43,20 +43,20 @@ def _evaluation(run: Run, part: float) -> None:
         return sum(int(step) % EVAL_INTERVAL == 0 for step in steps)
 
     before = count()
-    run.wait_until(lambda: count() > before)
+    run.wait_for(lambda: count() > before)
     run.rest(0.05 * part)
 
 
 def _saving(run: Run, part: float) -> None:
     before = _places(run, ".iter_*.partial")
-    run.wait_until(lambda: bool(_places(run, ".iter_*.partial") - before))
+    run.wait_for(lambda: bool(_places(run, ".iter_*.partial") - before))
     run.rest(0.03 * part)
 
 
 def _publishing(run: Run, part: float) -> None:
     """Between the renames and removals that end a save."""
     before = _places(run, "iter_*")
-    run.wait_until(lambda: bool(_places(run, "iter_*") - before))
+    run.wait_for(lambda: bool(_places(run, "iter_*") - before))
     run.rest(0.005 * part)
 
 
@@ -71,7 +71,7 @@ def _places(run: Run, pattern: str) -> set[tuple[str, int]]:
 
 def _ending(run: Run, part: float) -> None:
     """The last save, and the end of the processes."""
-    run.wait_until(lambda: f"\niteration {ITERATIONS}/" in run.text)
+    run.wait_for(lambda: f"\niteration {ITERATIONS}/" in run.text)
     run.rest(part)
 
 

@@ -25,11 +25,15 @@ from tests.conftest import ROOT, write_llama, write_tasks
 TOKEN = "MALORA_TORTURE"
 ITERATIONS = 20
 EVAL_INTERVAL = 3
-#: Without a sign of progress a run is lost; a starved machine is slow, not broken.
-PATIENCE_SECONDS = 600.0
+#: A run that prints nothing for so long hangs; a starved machine is slow, not broken.
+PATIENCE_SECONDS = 300.0
 #: For the kernel to take a killed process away.
 ORPHAN_SECONDS = 30.0
 _POLL_SECONDS = 0.005
+
+
+class HangsError(Exception):
+    """Nothing happens in a run any more."""
 
 
 class Layout(NamedTuple):
@@ -79,7 +83,7 @@ class Site:
         if layout not in self._expected:
             with Run(self, layout, (), f"undisturbed-{layout.name}", restarts=0) as run:
                 began = time.monotonic()
-                run.wait_until(lambda: run.steps() > 0)
+                run.wait_for(lambda: run.steps() > 0)
                 self.start_seconds = time.monotonic() - began
                 if run.end() != 0:
                     raise RuntimeError(f"an undisturbed run fails:\n{run.text}")
@@ -110,7 +114,7 @@ class Run:
         for process in self.processes():
             process.kill()
         self.agent.wait()
-        self._copying.join()
+        self._copying.join(ORPHAN_SECONDS)
 
     def start(self) -> None:
         """Launch, as a person or a scheduler would start it again."""
@@ -171,7 +175,7 @@ class Run:
 
     # --- what happens to it
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> bool:
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Whether the condition came true while the launch was running and the time not over."""
         deadline = time.monotonic() + seconds
         while self.is_running and time.monotonic() < deadline:
@@ -180,24 +184,36 @@ class Run:
             time.sleep(_POLL_SECONDS)
         return False
 
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Whether the condition came true while the launch was running.
+
+        Raises:
+            HangsError: neither it nor anything else happens.
+        """
+        while True:
+            before = len(self.text)
+            if self.wait_until(condition, PATIENCE_SECONDS) or not self.is_running:
+                return self.is_running
+            if len(self.text) == before:
+                raise HangsError(f"nothing has happened for {PATIENCE_SECONDS:.0f} s")
+
     def rest(self, seconds: float) -> None:
         """Wait, or until the launch has ended."""
         self.wait_until(lambda: False, seconds)
 
+    def end(self) -> int:
+        """Wait for the exit code of the launch.
+
+        Raises:
+            HangsError: it does not end.
+        """
+        self.wait_for(lambda: False)
+        self._copying.join(ORPHAN_SECONDS)
+        return self.agent.returncode
+
     def disturb(self) -> None:
         """Remember what is published now: no later start may go back behind it."""
         self._floors.append((len(self.text), self.published()))
-
-    def end(self, seconds: float = PATIENCE_SECONDS) -> int | None:
-        """The exit code of the launch; None: it does not end, and nothing happens in it any more."""
-        while True:
-            before = self.text
-            self.rest(seconds)
-            if not self.is_running:
-                self._copying.join()
-                return self.agent.returncode
-            if self.text == before:
-                return None
 
     def went_back(self) -> str:
         """Where a start was behind what had been published; empty: nowhere."""
