@@ -15,6 +15,7 @@ from typing import Any
 
 from malora_dist.errors import EXIT_CODE
 from malora_dist.exit_codes import RESTART_SIGNAL, STOP_SIGNALS, stopped_exit_code
+from malora_dist.parallel.process_life import AGENT_VARIABLE
 
 #: The time that ranks have to end a step and save, before they are killed.
 SHUTDOWN_SECONDS = 120
@@ -90,6 +91,7 @@ def main() -> None:
     """Start and watch this machine's ranks; ends with their exit code where that says something, else with 1."""
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", signals_to_handle())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    os.environ[AGENT_VARIABLE] = str(os.getpid())
     from torch.distributed import run  # takes seconds
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

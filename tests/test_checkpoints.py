@@ -101,6 +101,16 @@ def test_a_damaged_base_is_named(
     assert f"{file}: is damaged" in finding.fault
 
 
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_a_base_without_its_description_is_named(base_dir: Path, tmp_path: Path, has_manifest: bool) -> None:
+    """It is not taken for a run's `save`."""
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    for name in ("malora_base.json", *(() if has_manifest else ("manifest.json",))):
+        (base / name).unlink()
+    (finding,) = inspect(base)
+    assert "malora_base.json" in finding.fault
+
+
 def test_another_runs_checkpoints_are_not_overwritten(
     workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
 ) -> None:

@@ -82,7 +82,8 @@ def launches() -> Iterator[list[Launch]]:
 
 @pytest.mark.parametrize("is_linux", [True, False], ids=["death signal", "watch"])
 def test_a_rank_ends_with_its_agent(is_linux: bool, tmp_path: Path) -> None:
-    rank = f"from malora_dist.parallel import process_life as p; import time; p._end_with_parent({is_linux})"
+    rank = "from malora_dist.parallel import process_life as p; import os, time"
+    rank += f"; p._end_with_parent(os.getppid(), {is_linux})"
     rank += f"; open({str(tmp_path / 'ready')!r}, 'w'); time.sleep(60)"
     agent = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {rank!r}]); print(p.pid, flush=True)"
     started = subprocess.Popen(
@@ -95,6 +96,21 @@ def test_a_rank_ends_with_its_agent(is_linux: bool, tmp_path: Path) -> None:
     started.kill()
     started.wait()
     wait_for(lambda: not is_alive(pid), "the rank's end", 20)
+
+
+def test_a_rank_ends_that_begins_after_its_agent_has_gone(tmp_path: Path) -> None:
+    """Killed while the rank is being started: no death signal comes any more."""
+    rank = "import os, sys, time; time.sleep(1); from malora_dist.parallel import process_life as p; p.end_with_agent()"
+    rank += f"; open({str(tmp_path / 'lives')!r}, 'w'); time.sleep(60)"
+    agent = "import os, subprocess, sys; from malora_dist.parallel.process_life import AGENT_VARIABLE as name; "
+    agent += "os.environ[name] = str(os.getpid()); "
+    agent += f"print(subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=2).pid, flush=True); os._exit(0)"
+    started = subprocess.run(
+        [sys.executable, "-c", agent], env=environment(TORCHELASTIC_RUN_ID="x"), capture_output=True, check=True
+    )
+    pid = int(started.stdout)
+    wait_for(lambda: not is_alive(pid), "the rank's end", 20)
+    assert not (tmp_path / "lives").exists()
 
 
 def test_a_process_that_torchrun_did_not_start_outlives_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

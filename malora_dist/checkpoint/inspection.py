@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from malora_dist.checkpoint.base import INFO_FILE, TRACKER_FILE, checkpoint_dir, has_manifest, read_base_info
+from malora_dist.checkpoint.base import (
+    HF_FOLDER,
+    INFO_FILE,
+    TRACKER_FILE,
+    checkpoint_dir,
+    has_manifest,
+    read_base_info,
+)
 from malora_dist.checkpoint.manifest import read_manifest, verify
 from malora_dist.checkpoint.run_directory import candidates
 from malora_dist.errors import CheckpointError
@@ -36,7 +43,7 @@ def inspect(path: Path) -> Iterator[Finding]:
     Raises:
         CheckpointError: it is none of these.
     """
-    if (path / INFO_FILE).is_file():
+    if (path / INFO_FILE).is_file() or (path / HF_FOLDER).is_dir():  # a base also if it has lost one of them
         yield _inspect_base(path)
         return
     directories, _ = candidates(path)

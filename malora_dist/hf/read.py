@@ -137,8 +137,9 @@ def _spec(directory: Path, raw: dict[str, Any], metadata: Mapping[str, str]) -> 
     for name, value in fields.items():
         default = getattr(AdapterSpec(), name)
         allowed = int | float if isinstance(default, float) else type(default)
-        if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(default, bool):
-            wanted = type(default).__name__
+        is_of_type = isinstance(value, allowed) and isinstance(value, bool) == isinstance(default, bool)
+        if not is_of_type or (isinstance(value, list) and not all(isinstance(item, str) for item in value)):
+            wanted = "list of str" if isinstance(default, list) else type(default).__name__
             raise CheckpointError(f"{file}: {name}={shown(value)}, must be of type {wanted}; save the adapter again")
     try:
         refuse_former_malora(fields.get("method", "malora"), raw.get("rank_expansion"))

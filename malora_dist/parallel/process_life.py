@@ -9,6 +9,9 @@ import sys
 import threading
 import time
 
+#: In it our launch tells its ranks its process id: one that is killed at once may be gone before they ask.
+AGENT_VARIABLE = "MALORA_AGENT_PID"
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _POLL_SECONDS = 1.0
 
@@ -19,11 +22,11 @@ def end_with_agent() -> None:
     Any other parent, a shell for example, may go.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _end_with_parent(is_linux=sys.platform == "linux")
+        agent = int(os.environ.get(AGENT_VARIABLE) or os.getppid())
+        _end_with_parent(agent, is_linux=sys.platform == "linux")
 
 
-def _end_with_parent(is_linux: bool) -> None:
-    parent = os.getppid()
+def _end_with_parent(parent: int, is_linux: bool) -> None:
     if is_linux:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
