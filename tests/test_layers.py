@@ -47,7 +47,7 @@ LAYERS = {
         megatron=True,
     ),
     "hf": Layer("errors files methods config kernels data pretrained"),
-    "launch": Layer("errors exit_codes"),
+    "launch": Layer("errors exit_codes parallel"),
     "train": Layer("errors files config_file parallel exchange training"),
 }
 #: The only file that may import fmoe.
