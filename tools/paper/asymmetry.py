@@ -5,7 +5,7 @@
 Every rank is tuned by itself. At equal ranks AsyLoRA trains half as much.
 """
 
-from comparison import averages
+from comparison import averages, pair_table
 from experiment import Cell
 from pictures import over_size
 from scales import adapter_keys
@@ -30,6 +30,8 @@ def main() -> None:
         cells = [cell for of_method in by_method.values() for cell in of_method]
         tuned, results = train_variants(study, domain, cells)
     report = variant_report("asymmetry", study, domain, cells, tuned, results, by_method["LoRA"][-1].name)
+    same_rank = [(asy.name, lora.name) for lora, asy in zip(by_method["LoRA"], by_method["AsyLoRA"], strict=True)]
+    pair_table(report, "AsyLoRA minus LoRA of the same rank", results, same_rank)
     over_size(report, domain, by_method, averages(results))
     report.write()
 

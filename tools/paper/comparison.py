@@ -114,6 +114,19 @@ def difference_table(report: Report, title: str, differences: Mapping[str, Mappi
     report.table(title, header, rows)
 
 
+def pair_table(report: Report, title: str, results: Results, pairs: Sequence[tuple[str, str]]) -> None:
+    """The first cell of every pair minus the second, paired; also in the JSON."""
+    found: dict[str, dict[str, Interval]] = {}
+    kinds = ((right, "right, points"),) if has_right(results) else ()
+    for values, kind in (*kinds, (losses, "answer loss x 100")):
+        found[kind] = {
+            f"{name} minus {other}": compare({name: results[name], other: results[other]}, name, values)[other]
+            for name, other in pairs
+        }
+    report.keep(**{title: found})
+    difference_table(report, title, found)
+
+
 def tuning_table(report: Report, tuned: Mapping[str, Tuned]) -> None:
     """A row per cell: validation loss at every learning rate of the grid."""
     lrs = sorted({lr for one in tuned.values() for lr in one.losses})

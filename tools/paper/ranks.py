@@ -7,7 +7,7 @@ Every rank is tuned by itself.
 
 from __future__ import annotations
 
-from comparison import averages
+from comparison import averages, pair_table
 from experiment import Cell
 from pictures import over_size
 from scales import Scale, adapter_keys
@@ -46,6 +46,10 @@ def main() -> None:
         cells = [cell for of_method in by_method.values() for cell in of_method]
         tuned, results = train_variants(study, domain, cells)
     report = variant_report("ranks", study, domain, cells, tuned, results, by_method["MALoRA"][-1].name)
+    same_size = [(ma.name, mo.name) for mo, ma in zip(by_method["MoLoRA"], by_method["MALoRA"], strict=True)]
+    pair_table(report, "MALoRA minus MoLoRA of about the same size", results, same_size)
+    smaller = [(ma.name, mo.name) for ma, mo in zip(by_method["MALoRA"][1:], by_method["MoLoRA"][2:], strict=False)]
+    pair_table(report, "MALoRA minus a MoLoRA of nearly twice the size", results, smaller)
     over_size(report, domain, by_method, averages(results))
     report.write()
 
