@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -11,10 +12,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from malora_dist.config import Config
+from malora_dist.errors import ConfigError
 from malora_dist.metrics.loggers import base
 from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
 from malora_dist.metrics.loggers.tensorboard import TensorBoardLogger
-from tests.jobs_checkpoints import full_disk
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
 
@@ -43,20 +44,6 @@ def test_console(capsys: pytest.CaptureFixture[str]) -> None:
         "two",
         "lines",
     ]
-
-
-def test_a_full_disk_ends_the_events_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error of the writer's thread comes out of a later call, and once."""
-    logger = TensorBoardLogger(tmp_path)
-    with full_disk():
-        for step in range(400):
-            logger.log(Metrics({"lm loss": 1.0}, {"counts": [1.0, 2.0]}), step)
-        logger.close()
-    logger.log(Metrics({"lm loss": 1.0}), 400)
-    logger.close()
-    told = capsys.readouterr().err
-    assert told.count("no more TensorBoard events") == 1
-    assert str(tmp_path) in told
 
 
 def test_where_tensorboard_writes(tmp_path: Path) -> None:
@@ -103,6 +90,27 @@ def test_no_loggers_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     loggers.log(Metrics({"lm loss": 1.0}), 1)
     loggers.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run goes on without it, and says so once; at the start it is an error."""
+    logger = TensorBoardLogger(tmp_path)
+    logger.log(Metrics({"lm loss": 1.0}), 1)
+    (file,) = tmp_path.iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, hard))
+    try:
+        for step in (2, 3):
+            logger.log(Metrics({"lm loss": 1.0}), step)
+        logger.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capsys.readouterr().err == (
+        f"tensorboard: {file}: cannot be written (File too large); it ends before step 2\n"
+    )
+    assert [event.step for event in read_events(tmp_path).Scalars("lm loss")] == [1]
+    with pytest.raises(ConfigError, match=r"^tensorboard_dir='.*': cannot be written \(Not a directory\); name"):
+        TensorBoardLogger(file / "below")
 
 
 def read_events(directory: Path) -> EventAccumulator:

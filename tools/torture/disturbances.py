@@ -229,7 +229,7 @@ def full_disk_run(site: Site, findings: Findings, seed: int, layout: Layout | No
     layout = layout or rng.choice(LAYOUTS)
     policy = rng.choice(("stop", "continue"))
     disturbed = Disturbed(
-        site, findings, "full disk", layout, [*drawn_keys(rng), f"on_save_error={policy}"], restarts=1
+        site, findings, "full_disk", layout, [*drawn_keys(rng), f"on_save_error={policy}"], restarts=1
     )
     with disturbed as run:
         run.wait_for(lambda: "\nsaved " in run.text)

@@ -19,7 +19,7 @@ from tools.torture.runs import Site
 #: One round. Runs take the most time by far.
 _ROUND = "kills torn kills signals kills fuzzed kills hangs kills torn kills full_disk".split()  # noqa: SIM905
 #: Damaged files or inputs in a row.
-_SLICE_SECONDS = 30.0
+_SLICE_SECONDS = 60.0
 
 
 def torture(folder: Path, findings: Findings, seed: int, minutes: float, jobs: Sequence[str]) -> None:

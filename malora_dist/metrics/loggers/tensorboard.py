@@ -1,63 +1,84 @@
-"""TensorBoard event files: scalars, and counts as histograms with one bar per entry."""
+"""TensorBoard event files: scalars, and counts as histograms with one bar per entry.
+
+Written by the step that logs, not by the thread of torch's SummaryWriter: a killed run keeps all its figures, and a
+full disk costs only figures.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from malora_dist.config import Config
+from malora_dist.errors import ConfigError
 from malora_dist.metrics.loggers.base import Logger, Metrics
 
 
 class TensorBoardLogger:
-    """Writes event files to a directory; messages are not for it."""
+    """Writes an event file to a directory; messages are not for it. If it cannot write any more it says so and stops.
+
+    Raises:
+        ConfigError: it cannot even begin.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._writer: SummaryWriter | None = SummaryWriter(str(directory))
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = (directory / name).open("wb")
+            self._writer = RecordWriter(self._file)
+            self._writer.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                "tensorboard_dir", str(directory), f"cannot be written ({error.strerror})", "name another directory"
+            ) from error
 
     def message(self, text: str) -> None:
         """TensorBoard shows figures only."""
 
     def log(self, metrics: Metrics, step: int) -> None:
-        if self._writer is not None:
-            with self._giving_up():
-                self._write(self._writer, metrics, step)
+        if self._file.closed:
+            return
+        try:
+            for tag, value in metrics.scalars.items():
+                self._write(summary.scalar(tag, value), step)
+            for tag, counts in metrics.counts.items():
+                self._write(_histogram(tag, counts), step)
+            self._file.flush()
+        except OSError as error:
+            self.close()
+            text = f"tensorboard: {self._file.name}: cannot be written ({error.strerror}); it ends before step {step}"
+            print(text, file=sys.stderr, flush=True)
+
+    def _write(self, content: Summary, step: int) -> None:
+        self._writer.write(Event(wall_time=time.time(), step=step, summary=content).SerializeToString())
 
     def close(self) -> None:
-        if self._writer is not None:
-            with self._giving_up():
-                self._writer.close()
+        with contextlib.suppress(OSError):  # what could not be written is told already
+            self._file.close()
 
-    @contextlib.contextmanager
-    def _giving_up(self) -> Iterator[None]:
-        """Pictures are not worth a run: if the disk fails, the run goes on without them and says so once."""
-        try:
-            yield
-        except OSError as error:  # of the writer's thread, raised by its next call
-            self._writer = None
-            print(f"no more TensorBoard events: {self._directory} cannot be written ({error})", file=sys.stderr)
 
-    @staticmethod
-    def _write(writer: SummaryWriter, metrics: Metrics, step: int) -> None:
-        for tag, value in metrics.scalars.items():
-            writer.add_scalar(tag, value, step)
-        for tag, counts in metrics.counts.items():
-            writer.add_histogram_raw(
-                tag,
-                min=0,
-                max=len(counts) - 1,
-                num=sum(counts),
-                sum=sum(i * count for i, count in enumerate(counts)),
-                sum_squares=sum(i * i * count for i, count in enumerate(counts)),
-                bucket_limits=[i + 0.5 for i in range(len(counts))],
-                bucket_counts=counts,
-                global_step=step,
-            )
+def _histogram(tag: str, counts: list[float]) -> Summary:
+    return summary.histogram_raw(
+        tag,
+        min=0,
+        max=len(counts) - 1,
+        num=sum(counts),
+        sum=sum(i * count for i, count in enumerate(counts)),
+        sum_squares=sum(i * i * count for i, count in enumerate(counts)),
+        bucket_limits=[i + 0.5 for i in range(len(counts))],
+        bucket_counts=counts,
+    )
 
 
 def make(config: Config) -> Logger | None:
