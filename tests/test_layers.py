@@ -40,12 +40,12 @@ LAYERS = {
     "models": Layer("errors methods config exchange parallel layers families", megatron=True),
     "data": Layer("errors files config"),
     "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
-    "metrics": Layer("methods config kernels parallel exchange families layers models checkpoint"),
+    "metrics": Layer("errors methods config kernels parallel exchange families layers models checkpoint"),
     "training": Layer(
         "errors config parallel exchange families layers models data checkpoint metrics pretrained", megatron=True
     ),
     "hf": Layer("errors files methods config kernels data pretrained"),
-    "launch": Layer("errors"),
+    "launch": Layer("errors parallel"),
     "train": Layer("errors files config_file parallel exchange training"),
 }
 #: The only file that may import fmoe.
