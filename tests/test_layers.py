@@ -41,7 +41,7 @@ LAYERS = {
     "models": Layer("errors methods config exchange parallel layers families", megatron=True),
     "data": Layer("errors files config"),
     "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
-    "metrics": Layer("methods config kernels parallel exchange families layers models checkpoint"),
+    "metrics": Layer("errors methods config kernels parallel exchange families layers models checkpoint"),
     "training": Layer(
         "errors exit_codes config parallel exchange families layers models data checkpoint metrics pretrained",
         megatron=True,
