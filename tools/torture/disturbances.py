@@ -14,7 +14,8 @@ import torch
 
 from malora_dist.checkpoint.convert import read_adapter_weights
 from malora_dist.checkpoint.inspection import inspect
-from malora_dist.errors import MaloraError, stopped_exit_code
+from malora_dist.errors import MaloraError
+from malora_dist.exit_codes import stopped_exit_code
 from tools.torture.findings import Findings
 from tools.torture.moments import MOMENTS
 from tools.torture.runs import LAYOUTS, HangsError, Layout, Run, Site
