@@ -300,6 +300,11 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def without_manifest(base: Path) -> Path:
+    (base / "manifest.json").unlink()
+    return base
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -317,7 +322,8 @@ def truncate(file: Path) -> None:
     ],
 )
 def test_bases_that_are_not_whole(tmp_path: Path, base: Path, change: Callable, message: str) -> None:
-    change(shutil.copytree(base, tmp_path / "base"))
+    """Of an earlier version, without a manifest; with one see test_checkpoints.py."""
+    change(without_manifest(shutil.copytree(base, tmp_path / "base")))
     for read in (lambda: read_base_info(tmp_path / "base"), lambda: export_hf(tmp_path / "base", tmp_path / "back")):
         with pytest.raises(CheckpointError, match=re.escape(message)) as error:
             read()
@@ -325,7 +331,7 @@ def test_bases_that_are_not_whole(tmp_path: Path, base: Path, change: Callable, 
 
 
 def test_export_notices_changed_weights_and_another_config(tmp_path: Path, base: Path) -> None:
-    shutil.copytree(base, tmp_path / "bits")
+    without_manifest(shutil.copytree(base, tmp_path / "bits"))
     data = tmp_path / "bits" / "iter_0000000" / "__1_0.distcp"
     stored = TorchDistReader(checkpoint_dir(base)).read("decoder.final_layernorm.weight").numpy().tobytes()
     content = data.read_bytes()
@@ -333,7 +339,7 @@ def test_export_notices_changed_weights_and_another_config(tmp_path: Path, base:
     data.write_bytes(content.replace(stored, b"\1" + stored[1:]))
     with pytest.raises(CheckpointError, match="its weights have changed since the import"):
         export_hf(tmp_path / "bits", tmp_path / "back")
-    shutil.copytree(base, tmp_path / "config")
+    without_manifest(shutil.copytree(base, tmp_path / "config"))
     file = hf_dir(tmp_path / "config") / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 51}))
     with pytest.raises(CheckpointError, match=re.escape("is (50, 32), but by hf/config.json must be (51, 32)")):

@@ -99,7 +99,7 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             [f"seed={'9' * 5000}"],
             "seed='999...': is not valid YAML (Exceeds the limit ...); close ...",
         ),
-        (1, ["distributed_timeout_minutes=0"], "distributed_timeout_minutes=0: must be at least 1; raise it"),
+        (1, ["distributed_timeout_minutes=0"], "distributed_timeout_minutes=0.0: must be above 0; 10 is a usual value"),
         (1, ["data=[]"], "data=[]: is required; add at least one task: `data: [{path: FILE}]`"),
         (1, ["lr_warmup_iters=5", "train_iters=5"], "lr_warmup_iters=5: must be below train_iters=5; lower it"),
         (

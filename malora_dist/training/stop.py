@@ -14,7 +14,7 @@ import torch.distributed as dist
 from malora_dist.exit_codes import RESTART_SIGNAL, STOP_SIGNALS
 
 #: Of a signal that comes twice, from a scheduler to all processes and from torchrun to its ranks, one counts.
-_TWICE_WITHIN_SECONDS = 10.0
+_TWICE_WITHIN_SECONDS = 5.0
 
 
 class StopSignals:
