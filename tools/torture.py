@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from malora_dist.files import path_argument
 from malora_dist.parallel.device import without_expected_warnings
 from tools.torture.findings import DONE, Findings
 
@@ -31,6 +32,8 @@ def main() -> None:
     arguments = _parse()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so do its runs
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that its runs end with it
+    if arguments.directory:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="malora-torture-", dir=arguments.directory))
     findings = Findings()
     findings.say(f"in {folder}, seed {arguments.seed}")
@@ -49,7 +52,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long (10)")
     parser.add_argument("--seed", type=int, help="of the first job, the next has the next number; drawn by default")
     parser.add_argument("--jobs", nargs="+", choices=DONE, default=DONE, metavar="JOB", help=f"of {', '.join(DONE)}")
-    parser.add_argument("--directory", help="where the folder for all of it is made; the system's temporary directory")
+    parser.add_argument(
+        "--directory",
+        type=path_argument,
+        help="for all of it; the system's temporary directory",
+    )
     arguments = parser.parse_args()
     if arguments.seed is None:
         arguments.seed = random.SystemRandom().randrange(2**31)
