@@ -70,6 +70,15 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert [name for name, fault in findings.items() if not fault] == [TRACKER_FILE, "iter_0000001"]
 
 
+def test_a_kill_before_the_first_tracker_file_is_no_damage(finished: Path, tmp_path: Path) -> None:
+    save = shutil.copytree(finished, tmp_path / "save")
+    (save / TRACKER_FILE).unlink()
+    assert [finding.fault for finding in inspect(save)] == [""] * 4
+    assert read_adapter_weights(save, list[str]().append).iteration == 3
+    (save / TRACKER_FILE).write_text("7\n")
+    assert "iter_0000007 named by" in next(inspect(save)).fault
+
+
 def test_nothing_sound_is_an_error(
     workers: WorkerPool, base_dir: Path, task_files: list[Path], finished: Path, tmp_path: Path
 ) -> None:

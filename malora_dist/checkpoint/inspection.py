@@ -73,6 +73,8 @@ def _inspect_base(path: Path) -> Finding:
 
 
 def _inspect_tracker(path: Path) -> Finding:
+    if not (path / TRACKER_FILE).exists():  # killed while the first checkpoint was published, after its rename
+        return Finding(path / TRACKER_FILE, "", "is missing; the newest checkpoint counts")
     try:
         return Finding(path / TRACKER_FILE, "", f"names {checkpoint_dir(path).name}")
     except CheckpointError as error:
