@@ -36,18 +36,14 @@ class Start(NamedTuple):
     notes: list[str]
 
 
-def newest_sound(path: Path, agree: Callable[[str], str] = str, part: int = 0, parts: int = 1) -> Start:
-    """The newest sound checkpoint of a `save` directory, or the one named itself.
-
-    Args:
-        agree: makes a fault that one of several callers has found one of all.
-        part, parts: see :func:`check_whole`.
+def newest_sound(path: Path) -> Start:
+    """The newest sound checkpoint of a `save` directory, or the one named itself; in one process.
 
     Raises:
         CheckpointError: there is none; with the fault of the newest.
     """
     directories, notes = run_directory.candidates(path)
-    return _first_sound(directories, notes, agree, part, parts)
+    return _first_sound(directories, notes, str, 0, 1)
 
 
 def find_start(config: Config, topology: Topology) -> Start | None:
@@ -85,6 +81,12 @@ def _listed(config: Config) -> tuple[list[Path], list[str]]:
 def _first_sound(
     directories: Sequence[Path], notes: Sequence[str], agree: Callable[[str], str], part: int, parts: int
 ) -> Start:
+    """The first sound one.
+
+    Args:
+        agree: makes a fault that one of several callers has found one of all.
+        part, parts: see :func:`check_content`.
+    """
     faults: list[str] = []
     for directory in directories:
         found: list[AdapterInfo] = []
