@@ -13,7 +13,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from malora_dist.config import Config, TaskConfig
+from malora_dist.config import Config
+from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError, first_line
 from malora_dist.files import is_regular_file
 

@@ -22,8 +22,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from malora_dist.checkpoint.tensor_files import HfWeights
-from malora_dist.config import Config, DataConfig, TaskConfig
+from malora_dist.config import Config
 from malora_dist.config_file import load_config, save_config
+from malora_dist.config_sections import DataConfig, TaskConfig
 from malora_dist.data.dataset import TaskDataset, load_tasks
 from malora_dist.errors import MaloraError
 from malora_dist.families.base import family_of

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.config import TrainConfig
+from malora_dist.config_sections import TrainConfig
 from malora_dist.data.batches import Microbatch
 from malora_dist.methods.initial import initial_parameter
 from malora_dist.methods.reference import adapted_forward

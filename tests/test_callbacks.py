@@ -6,18 +6,22 @@ import math
 from typing import Any, cast
 
 import pytest
+import torch
 
 from malora_dist.checkpoint.adapter import Trained
 from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
 from malora_dist.errors import CheckpointError, TrainingError
-from malora_dist.metrics.loggers.base import Metrics
+from malora_dist.layers.routing_context import SiteStatistics
+from malora_dist.metrics.loggers.base import Logger, Metrics
+from malora_dist.metrics.routing import RoutingReport
+from malora_dist.metrics.watch import Watch
 from malora_dist.training.best import Best
-from malora_dist.training.callbacks import Ending, Evaluate, Log, Periodic, Save, Step, StopIfNotFinite
+from malora_dist.training.callbacks import Ending, Evaluate, Log, Periodic, Record, Save, Step, StopIfNotFinite
 from malora_dist.training.evaluation import TaskMeans, Validation
 
 
-class Noting:
+class Noting(Logger):
     """A logger that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -29,8 +33,6 @@ class Noting:
 
     def log(self, metrics: Metrics, step: int) -> None:
         self.logged.append((step, metrics))
-
-    def close(self) -> None: ...
 
 
 def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
@@ -72,22 +74,27 @@ def test_a_run_of_steps_without_finite_gradients_ends_it() -> None:
 def test_log() -> None:
     """Times are means since the last report, losses and norm the step's own; a step to report is recorded."""
     logger = Noting()
-    log = Log(
-        Config(log_interval=2, train_iters=3), logger, lambda: Metrics({"malora/balance": 1.0}, {"c": [1.0]}), Ending(3)
-    )
+    config = Config(log_interval=2, train_iters=3, picture_interval=1, num_lora_experts=2, topk=1)
+    zero = torch.zeros(())
+    site = SiteStatistics(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), zero, zero, zero)
+    record = Record(RoutingReport({"layers.0.q_proj": site}, config, ["add"]), {"ep": 12})
+    log = Log(config, logger, lambda: record, Watch(config, [0]), Ending(3))
     for i, (tokens, seconds) in enumerate([(100, 0.5), (300, 1.5), (80, 0.1)], start=1):
         assert log.wants_record(i) == (i > 1)
         log.after_step(step(i, tokens, seconds))
     (first, metrics), (second, rest) = logger.logged
     assert (first, second) == (2, 3)
-    assert metrics == Metrics(
-        {
-            "malora/balance": 1.0, "lm loss": 2.0, "lm loss/add": 2.0, "learning-rate": 1e-3, "grad-norm": 2.0,
-            "throughput": 200.0, "iteration-time": 1.0, "skipped-iterations": 0.0,
-        },
-        {"c": [1.0]},
-    )  # fmt: skip
-    assert (rest.scalars["throughput"], rest.scalars["iteration-time"]) == (pytest.approx(800), pytest.approx(0.1))
+    expected = {
+        "malora/bytes/ep": 12.0, "lm loss": 2.0, "lm loss/add": 2.0, "learning-rate": 1e-3, "grad-norm": 2.0,
+        "tokens-per-second": 200.0, "iteration-time": 1.0, "skipped-iterations": 0.0, "malora/balance/max": 1.5,
+    }  # fmt: skip
+    assert metrics.scalars.items() >= expected.items()
+    assert "malora/load/q_proj" in metrics.tables
+    assert metrics.counts == {}, "sites are not asked for"
+    assert (rest.scalars["tokens-per-second"], rest.scalars["iteration-time"]) == (
+        pytest.approx(800),
+        pytest.approx(0.1),
+    )
     assert logger.messages == []
 
 
@@ -95,7 +102,7 @@ def test_evaluate() -> None:
     logger, config = Noting(), Config(eval_interval=2, train_iters=3)
     found = Validation(TaskMeans({"add": 1.0, "sub": 3.0}, 2.5), TaskMeans({"add": 0.5, "sub": 0.1}, 0.2))
     best, ending = Best("accuracy validation/add"), Ending(3)
-    evaluate = Evaluate(config, logger, lambda: found, best, ending)
+    evaluate = Evaluate(config, logger, lambda: found, Watch(config, [0]), best, ending)
     for i in (1, 2, 3):
         assert not evaluate.wants_record(i)
         evaluate.after_step(step(i))
@@ -108,7 +115,7 @@ def test_evaluate() -> None:
     assert logger.logged == [(2, expected), (3, expected)]
     assert (best.value, best.iteration, ending.reason) == (0.5, 2, "")
     nothing = TaskMeans({}, float("nan"))
-    Evaluate(config, logger, lambda: Validation(nothing, nothing), best, ending).after_step(step(2))
+    Evaluate(config, logger, lambda: Validation(nothing, nothing), Watch(config, [0]), best, ending).after_step(step(2))
     assert len(logger.logged) == 2, "nothing to report without a validation split"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from malora_dist.config import DataConfig, TaskConfig
+from malora_dist.config_sections import DataConfig, TaskConfig
 from malora_dist.data.dataset import TaskDataset, data_fingerprints, data_paths, load_tasks
 from malora_dist.data.tokenization import TokenizedExample
 from malora_dist.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from malora_dist.config import TaskConfig
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import Example, Segment, load_examples
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import ConfigError, DataError

@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 
-from malora_dist.config import SECTIONS, TaskConfig
+from malora_dist.config import SECTIONS
 from malora_dist.config_file import load_config
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import load_examples
 from malora_dist.fields import rules_of
 from malora_dist.methods.base import METHODS

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from malora_dist.config import Config, TaskConfig
+from malora_dist.config import Config
+from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError
 from malora_dist.families.llama import Llama
 

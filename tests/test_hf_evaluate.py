@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from malora_dist.config import TaskConfig
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import load_examples
 from malora_dist.data.segments import Example, Segment
 from malora_dist.errors import CheckpointError, ConfigError

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
-from malora_dist.metrics.loggers import base
-from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
+from malora_dist.metrics.loggers.base import LOGGERS, Logger, Loggers, Metrics, make_loggers
 from malora_dist.metrics.loggers.tensorboard import TensorBoardLogger
 from tests.test_parity import overrides
 from tests.workers import WorkerPool
@@ -28,9 +25,15 @@ SITES = [
 def test_console(capsys: pytest.CaptureFixture[str]) -> None:
     """One line for a logged step, one for an evaluation, nothing for what the console does not show."""
     loggers = make_loggers(Config(train_iters=400))
-    step = {"grad-norm": 0.12345, "lm loss": 2.3, "learning-rate": 3e-4, "throughput": 1234.5, "iteration-time": 0.25}
+    step = {
+        "grad-norm": 0.12345,
+        "lm loss": 2.3,
+        "learning-rate": 3e-4,
+        "tokens-per-second": 1234.5,
+        "iteration-time": 0.25,
+    }
     loggers.log(Metrics(step | {"lm loss/add": 2.2}, {"malora/tokens per expert/x": [1.0, 2.0]}), 20)
-    loggers.log(Metrics(step | {"malora/balance": 1.5}), 200)
+    loggers.log(Metrics(step | {"malora/balance/median": 1.5}), 200)
     loggers.log(Metrics({"lm loss validation": 1.5, "lm loss validation/add": 1.0, "lm loss validation/b c": 2.0}), 20)
     loggers.log(Metrics({"malora/bytes/ep": 1.0}), 20)
     loggers.message("two\nlines")
@@ -51,6 +54,7 @@ def test_where_tensorboard_writes(tmp_path: Path) -> None:
         (Config(save=str(tmp_path / "a")), tmp_path / "a" / "tensorboard"),
         (Config(save=str(tmp_path / "b"), tensorboard_dir=str(tmp_path / "c")), tmp_path / "c"),
     ):
+        config.loggers = ["tensorboard"]
         loggers = make_loggers(config)
         loggers.log(Metrics({"lm loss validation": 0.5}, {"counts": [3.0, 0.0, 1.0]}), 7)
         loggers.close()
@@ -61,27 +65,26 @@ def test_where_tensorboard_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_a_new_logger_is_a_new_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is found beside the others is used, where it wants to be."""
+def test_a_new_logger_is_a_registered_class(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is used where the config names it and it wants to be."""
     seen: list[int] = []
 
-    class Noting:
-        def message(self, text: str) -> None: ...
+    class Noting(Logger):
+        @classmethod
+        def create(cls, config: Config) -> Noting | None:
+            return cls() if config.train_iters == 3 else None
 
         def log(self, metrics: Metrics, step: int) -> None:
             seen.append(step)
 
-        def close(self) -> None: ...
-
-    module = ModuleType("noting")
-    vars(module)["make"] = lambda config: Noting() if config.train_iters == 3 else None
-    monkeypatch.setitem(sys.modules, "malora_dist.metrics.loggers.noting", module)
-    files = [SimpleNamespace(name=name) for name in ("base", "noting")]
-    monkeypatch.setattr(base.pkgutil, "iter_modules", lambda _: files)
-    make_loggers(Config(train_iters=3)).log(Metrics(), 1)
-    make_loggers(Config(train_iters=4)).log(Metrics(), 2)
+    with LOGGERS.registered(noting=Noting):
+        make_loggers(Config(train_iters=3, loggers=["noting"])).log(Metrics(), 1)
+        make_loggers(Config(train_iters=4, loggers=["noting"])).log(Metrics(), 2)
+        make_loggers(Config(train_iters=3, loggers=[])).log(Metrics(), 3)
     assert seen == [1]
     assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match=r"^loggers='noting': must be one of console, jsonl, .*tensorboard.*; choose"):
+        make_loggers(Config(loggers=["noting"]))
 
 
 def test_no_loggers_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,12 +130,19 @@ def test_tensorboard(layout: str, workers: WorkerPool, base_dir: Path, task_file
         "PP=2": ["pipeline_model_parallel_size=2"],
     }[layout]
     settings = overrides(base_dir, task_files, *parallel, "train_iters=2", "log_interval=1", "eval_iters=2")
-    workers.run("train_with_cli", 2, overrides=[*settings, f"save={tmp_path}"])
+    workers.run("train_with_cli", 2, overrides=[*settings, "log_sites=true", f"save={tmp_path}"])
     events = read_events(tmp_path / "tensorboard")
     scalars = set(events.Tags()["scalars"])
-    assert {"lm loss", "lm loss validation", "learning-rate", "grad-norm", "throughput", "iteration-time"} <= scalars
+    assert {
+        "lm loss",
+        "lm loss validation",
+        "learning-rate",
+        "grad-norm",
+        "tokens-per-second",
+        "iteration-time",
+    } <= scalars
     assert {"lm loss validation/reverse", "lm loss validation/add", "lm loss/add"} <= scalars
-    assert {"malora/aux loss", "malora/balance", "malora/worst balance", "malora/router entropy"} <= scalars
+    assert {"malora/aux loss", "malora/balance/median", "malora/balance/max", "malora/router entropy"} <= scalars
     for site in SITES:
         assert 1.0 <= events.Scalars(f"malora/balance/{site}")[0].value <= 4.0
         assert 0.0 < events.Scalars(f"malora/router entropy/{site}")[0].value <= math.log(4) + 1e-6
@@ -162,7 +172,9 @@ def test_routing_counts_do_not_depend_on_the_layout(
     for name, parallel in (("one", []), ("TP", ["tensor_model_parallel_size=2", "sequence_parallel=true"])):
         settings = overrides(base_dir, task_files, *parallel, "train_iters=1", "log_interval=1", "eval_iters=0")
         save = tmp_path / name
-        workers.run("train_with_cli", 1 + bool(parallel), overrides=[*settings, f"tensorboard_dir={save}"])
+        workers.run(
+            "train_with_cli", 1 + bool(parallel), overrides=[*settings, "log_sites=true", f"tensorboard_dir={save}"]
+        )
         events = read_events(save)
         counts = {site: events.Histograms(f"malora/tokens per expert/{site}")[0].histogram_value for site in SITES}
         seen[name] = {site: list(h.bucket) for site, h in counts.items()}

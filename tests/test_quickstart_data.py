@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from malora_dist.config import TaskConfig
 from malora_dist.config_file import load_config
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import load_examples
 from malora_dist.data.synthetic import BASE_SKILLS, TASKS, base_samples, task_samples, write_tasks
 from malora_dist.data.tokenization import encode_example

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from malora_dist.config import TrainConfig
+from malora_dist.config_sections import TrainConfig
 from malora_dist.training.optimizer import make_scheduler, set_hyperparameters
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from malora_dist.config import DataConfig, TaskConfig
+from malora_dist.config_sections import DataConfig, TaskConfig
 from malora_dist.data.formats import load_examples
 from malora_dist.data.reading import Reading
 from malora_dist.data.schedule import keyed_permutation

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from malora_dist.config import TaskConfig
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.chat import render_chat
 from malora_dist.data.reading import Reading
 from malora_dist.data.records import Record, read_records, text_of, writable

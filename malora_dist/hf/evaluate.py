@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging
 
 import malora_dist.hf  # noqa: F401 - registers the tuner
-from malora_dist.config import TaskConfig
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import Example, load_examples
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import CheckpointError, ConfigError, DataError, exit_on_user_error

@@ -1,19 +1,25 @@
-"""Expert balance from the routing statistics of all ranks.
+"""What the experts do, from the routing statistics of all ranks: balance, and how far routing separates the tasks.
 
 Shape suffixes: see methods/base.py; J tasks.
 """
 
 from __future__ import annotations
 
+import math
+import statistics as stats
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from malora_dist.config import Config
 from malora_dist.layers.routing_context import RoutingContext, SiteStatistics
-from malora_dist.metrics.loggers.base import Metrics
+from malora_dist.metrics.loggers.base import Metrics, Table
 from malora_dist.parallel.topology import Topology
+
+#: {tag: quantile over all sites} of the busiest expert's load over the mean load.
+BALANCE_QUANTILES = {"malora/balance/median": 0.5, "malora/balance/p90": 0.9, "malora/balance/max": 1.0}
 
 
 def reduce_statistics(context: RoutingContext, topology: Topology) -> dict[str, SiteStatistics]:
@@ -43,32 +49,126 @@ def reduce_statistics(context: RoutingContext, topology: Topology) -> dict[str, 
     return {site: statistics for part in stages for site, statistics in part.items()}
 
 
-def balance(counts_N: Tensor) -> float:
+def max_over_mean(load_N: Tensor) -> float:
     """Load of the busiest expert over the mean load: 1 is even, N is all on one expert."""
-    return float(counts_N.max() / counts_N.mean().clamp(min=1e-9))
+    return float(load_N.max() / load_N.mean()) if load_N.any() else 1.0
 
 
-def report_routing(statistics: dict[str, SiteStatistics], topk: int, task_names: Sequence[str]) -> Metrics:
-    """Balance (max/mean load), router entropy (nats per token), aux loss and top-k slots per expert.
+def variation(load_N: Tensor) -> float:
+    """Coefficient of variation, the loads' standard deviation over their mean: 0 is even, sqrt(N - 1) all on one."""
+    return float(load_N.std(correction=0) / load_N.mean()) if load_N.any() else 0.0
 
-    Per adapted projection and overall.
+
+def effective_share(load_N: Tensor) -> float:
+    """exp(H) / N with the entropy H of the load's distribution: 1 is even, 1 / N all on one expert."""
+    if not load_N.any():
+        return 1.0
+    share_N = load_N / load_N.sum()
+    return math.exp(-float(torch.xlogy(share_N, share_N).sum())) / len(load_N)
+
+
+def task_information(counts_JN: Tensor) -> float:
+    """Mutual information of a slot's task and its expert in bits, sum p(j, e) log2(p(j, e) / (p(j) p(e))).
+
+    0 where all tasks use the experts alike; at most the entropy of the tasks, and log2(N).
     """
-    scalars: dict[str, float] = {}
-    counts: dict[str, list[float]] = {}
-    balances, entropies, aux_loss = [], [], 0.0
-    for site, s in statistics.items():
-        counts_N = s.counts_JN[1:].sum(dim=0)
-        balances.append(balance(counts_N))
-        entropies.append(float(s.entropy_sum) / max(float(counts_N.sum()) / topk, 1.0))
-        aux_loss += float(s.aux_loss_sum) / max(float(s.microbatches), 1.0)
-        scalars[f"malora/balance/{site}"] = balances[-1]
-        scalars[f"malora/router entropy/{site}"] = entropies[-1]
-        counts[f"malora/tokens per expert/{site}"] = counts_N.tolist()
-        for task, row_N in zip(task_names, s.counts_JN[1:], strict=True):
-            counts[f"malora/tokens per task and expert/{site}/{task}"] = row_N.tolist()
-    if statistics:
-        scalars["malora/aux loss"] = aux_loss
-        scalars["malora/balance"] = sum(balances) / len(balances)
-        scalars["malora/worst balance"] = max(balances)
-        scalars["malora/router entropy"] = sum(entropies) / len(entropies)
-    return Metrics(scalars, counts)
+    if not counts_JN.any():
+        return 0.0
+    joint_JN = counts_JN / counts_JN.sum()
+    independent_JN = joint_JN.sum(dim=1, keepdim=True) * joint_JN.sum(dim=0, keepdim=True)
+    used = joint_JN > 0
+    return max(float((joint_JN[used] * (joint_JN[used] / independent_JN[used]).log2()).sum()), 0.0)
+
+
+class RoutingReport:
+    """What the statistics of a recorded step say.
+
+    Attributes:
+        counts_JN: {site: top-k slots by task and expert, float64}, padding left out.
+
+    Args:
+        statistics: of all sites, see :func:`reduce_statistics`; empty where nothing is routed.
+        config: of the run.
+        task_names: in the order of the counts.
+    """
+
+    def __init__(self, statistics: dict[str, SiteStatistics], config: Config, task_names: Sequence[str]) -> None:
+        self._statistics, self._config, self._task_names = statistics, config, list(task_names)
+        self.counts_JN = {site: s.counts_JN[1:].double() for site, s in statistics.items()}
+        self._load_N = {site: counts_JN.sum(dim=0) for site, counts_JN in self.counts_JN.items()}
+
+    def metrics(self, of_sites: bool = False, tables: bool = False) -> Metrics:
+        """Figures over all sites.
+
+        Args:
+            of_sites: those of each site too.
+            tables: what is drawn, too.
+        """
+        if not self._statistics:
+            return Metrics()
+        loads = list(self._load_N.values())
+        balances = torch.tensor([max_over_mean(load_N) for load_N in loads])
+        information = [task_information(counts_JN) for counts_JN in self.counts_JN.values()]
+        scalars = {tag: float(balances.quantile(q)) for tag, q in BALANCE_QUANTILES.items()}
+        scalars |= {
+            "malora/load variation": stats.fmean(variation(load_N) for load_N in loads),
+            "malora/effective experts": stats.fmean(effective_share(load_N) for load_N in loads),
+            "malora/dead experts": float((torch.cat(loads) == 0).double().mean()),
+            "malora/router entropy": stats.fmean(self._entropy(site) for site in self._statistics),
+            "malora/aux loss": sum(self._aux_loss(site) for site in self._statistics),
+            "malora/ideal aux loss": self._config.aux_loss_coeff * len(self._statistics),
+            "malora/task information": stats.fmean(information),
+            "malora/task information of the best site": max(information),
+        }
+        found = Metrics(scalars)
+        if of_sites:
+            self._add_sites(found)
+        if tables:
+            found.tables |= self._tables()
+        return found
+
+    def _entropy(self, site: str) -> float:
+        """Of the router's distribution, nats per token."""
+        return float(self._statistics[site].entropy_sum) / max(float(self._load_N[site].sum()) / self._config.topk, 1.0)
+
+    def _aux_loss(self, site: str) -> float:
+        """Mean over microbatches."""
+        return float(self._statistics[site].aux_loss_sum) / max(float(self._statistics[site].microbatches), 1.0)
+
+    def _add_sites(self, found: Metrics) -> None:
+        for site, load_N in self._load_N.items():
+            found.scalars[f"malora/balance/{site}"] = max_over_mean(load_N)
+            found.scalars[f"malora/router entropy/{site}"] = self._entropy(site)
+            found.counts[f"malora/tokens per expert/{site}"] = load_N.tolist()
+            for task, row_N in zip(self._task_names, self.counts_JN[site], strict=True):
+                found.counts[f"malora/tokens per task and expert/{site}/{task}"] = row_N.tolist()
+
+    def _tables(self) -> dict[str, Table]:
+        """Of each projection the load by layer and expert, and by task and expert; task information by site.
+
+        Loads are relative to an even one: 1 is even. The columns of tasks' loads are called ``LAYER.EXPERT``.
+        """
+        tables = {}
+        for projection, sites in self._grid().items():
+            layers, experts = [str(layer) for layer in sites], range(self._config.num_experts)
+            loads = [_relative(self._load_N[site]).tolist() for site in sites.values()]
+            tables[f"malora/load/{projection}"] = Table(layers, [str(e) for e in experts], loads)
+            of_tasks = torch.cat([_relative(self.counts_JN[site]) for site in sites.values()], dim=1)
+            columns = [f"{layer}.{e}" for layer in layers for e in experts]
+            tables[f"malora/load of tasks/{projection}"] = Table(self._task_names, columns, of_tasks.tolist())
+        bits = [[task_information(self.counts_JN[site]) for site in sites.values()] for sites in self._grid().values()]
+        tables["malora/task information"] = Table(list(self._grid()), layers, bits)
+        return tables
+
+    def _grid(self) -> dict[str, dict[int, str]]:
+        """{projection: {layer: site}}, layers in order; a projection is in all layers."""
+        grid: dict[str, dict[int, str]] = {}
+        for site in self._statistics:
+            _, layer, projection = site.split(".")
+            grid.setdefault(projection, {})[int(layer)] = site
+        return {projection: dict(sorted(sites.items())) for projection, sites in grid.items()}
+
+
+def _relative(counts_N: Tensor) -> Tensor:
+    """Counts [..., N] over their mean over the experts; zeros where there are none."""
+    return counts_N / counts_N.mean(dim=-1, keepdim=True).clamp(min=1e-9)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from malora_dist.config import Config, TrainConfig
+from malora_dist.config import Config
+from malora_dist.config_sections import TrainConfig
 from malora_dist.errors import BackendUnavailableError
 
 #: torch's own, usable everywhere.

@@ -186,3 +186,8 @@ def adapt_megatron(device: torch.device) -> None:
             part["l2_norm_impl"] = utils.local_multi_tensor_l2_norm
         optimizer["clip_grad_by_total_norm_fp32"] = _clip_grad_by_total_norm
     vars(sys.modules["megatron.core.optimizer"])["DistributedOptimizer"] = distributed
+
+
+def device_name(device: torch.device) -> str:
+    """What kind of device it is: ``cpu``, or as its driver calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store
 
-from malora_dist.config import ParallelConfig
+from malora_dist.config_sections import ParallelConfig
 from malora_dist.parallel.device import adapt_megatron, choose_device
 from malora_dist.parallel.rendezvous import meet
 
@@ -80,6 +80,11 @@ class Topology:
     def is_writer(self) -> bool:
         """Whether this is the one rank that reports: of the last stage, which has the losses."""
         return self.is_last_stage and self.dp_rank == 0 and self.tp_rank == 0
+
+    @property
+    def stage_of_rank(self) -> list[int]:
+        """The pipeline stage of every rank: in megatron's order the stages are blocks of consecutive ranks."""
+        return [rank * self.pp_size // self.world_size for rank in range(self.world_size)]
 
     @property
     def backend(self) -> str:

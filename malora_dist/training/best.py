@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from malora_dist.config import VALIDATION_METRICS
+from malora_dist.config_sections import VALIDATION_METRICS
 
 
 @dataclass

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from malora_dist.checkpoint.adapter import Trained
@@ -16,6 +16,8 @@ from malora_dist.config import Config
 from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.exit_codes import stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
+from malora_dist.metrics.routing import RoutingReport
+from malora_dist.metrics.watch import Watch
 from malora_dist.training.best import Best
 from malora_dist.training.evaluation import TaskMeans, Validation
 
@@ -43,6 +45,18 @@ class Step(NamedTuple):
     def is_skipped(self) -> bool:
         """Whether nothing was updated."""
         return not math.isfinite(self.grad_norm)
+
+
+class Record(NamedTuple):
+    """What a recorded step has kept, over all ranks.
+
+    Attributes:
+        routing: of all sites.
+        traffic: {group: bytes that this rank's collectives moved}.
+    """
+
+    routing: RoutingReport
+    traffic: Mapping[str, int]
 
 
 class Callback:
@@ -129,13 +143,20 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
 class Log(Periodic):
     """Reports a step's figures every ``log_interval`` steps; its times are means since the last report.
 
+    Pictures, every ``picture_interval`` steps, come with the next report.
+
     Args:
-        recorded: the figures of a recorded step's routing and traffic; a collective.
+        recorded: what the record of the last step says; a collective.
+        watch: warns of what looks wrong.
     """
 
-    def __init__(self, config: Config, logger: Logger, recorded: Callable[[], Metrics], ending: Ending) -> None:
+    def __init__(
+        self, config: Config, logger: Logger, recorded: Callable[[], Record], watch: Watch, ending: Ending
+    ) -> None:
         super().__init__(config.log_interval, ending)
-        self._logger, self._recorded = logger, recorded
+        self._config, self._logger, self._recorded, self._watch = config, logger, recorded, watch
+        self._pictures = Periodic(config.picture_interval, ending)
+        self._are_pictures_due = False
         self._steps: list[Step] = []
 
     def wants_record(self, iteration: int) -> bool:
@@ -143,20 +164,26 @@ class Log(Periodic):
 
     def after_step(self, step: Step) -> None:
         self._steps.append(step)
+        self._are_pictures_due |= self._pictures.is_due(step.iteration)
         if not self.is_due(step.iteration):
             return
         seconds = sum(s.seconds for s in self._steps)
-        metrics = self._recorded()
+        record = self._recorded()
+        metrics = record.routing.metrics(of_sites=self._config.log_sites, tables=self._are_pictures_due)
+        self._are_pictures_due = False
+        metrics.scalars |= {f"malora/bytes/{group}": float(number) for group, number in record.traffic.items()}
         metrics.scalars |= {
             "lm loss": step.losses.overall,
             "learning-rate": step.learning_rate,
             "grad-norm": step.grad_norm,
-            "throughput": sum(s.tokens for s in self._steps) / seconds,
+            "tokens-per-second": sum(s.tokens for s in self._steps) / seconds,
             "iteration-time": seconds / len(self._steps),
             "skipped-iterations": float(sum(s.is_skipped for s in self._steps)),
         }
         metrics.scalars |= {f"lm loss/{task}": loss for task, loss in step.losses.by_task.items()}
         self._logger.log(metrics, step.iteration)
+        for text in self._watch.report(record.routing, metrics):
+            self._logger.warn(text, step.iteration)
         self._steps.clear()
 
 
@@ -168,14 +195,21 @@ class Evaluate(Periodic):
 
     Args:
         evaluate: computes them; a collective, with the same result on all ranks.
+        watch: warns of what looks wrong.
         best: of the metric; what it holds of a resumed run counts.
     """
 
     def __init__(
-        self, config: Config, logger: Logger, evaluate: Callable[[], Validation], best: Best, ending: Ending
+        self,
+        config: Config,
+        logger: Logger,
+        evaluate: Callable[[], Validation],
+        watch: Watch,
+        best: Best,
+        ending: Ending,
     ) -> None:
         super().__init__(config.eval_interval, ending)
-        self._config, self._logger, self._evaluate, self._best = config, logger, evaluate, best
+        self._config, self._logger, self._evaluate, self._watch, self._best = config, logger, evaluate, watch, best
 
     def before_first_step(self, iteration: int) -> None:
         self._end_if_stale(iteration)
@@ -187,6 +221,8 @@ class Evaluate(Periodic):
         if not scalars:  # no task has a validation split
             return
         self._logger.log(Metrics(scalars), step.iteration)
+        for text in self._watch.evaluation(scalars, step.iteration):
+            self._logger.warn(text, step.iteration)
         self._best.update(scalars[self._best.metric], step.iteration, self._config.early_stopping_threshold)
         self._end_if_stale(step.iteration)
 

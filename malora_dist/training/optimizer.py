@@ -9,7 +9,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from malora_dist.config import Config, TrainConfig
+from malora_dist.config import Config
+from malora_dist.config_sections import TrainConfig
 from malora_dist.parallel.adam import make_megatron_use
 from malora_dist.parallel.backends import TORCH_ADAM, Choice
 

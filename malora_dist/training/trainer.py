@@ -31,24 +31,37 @@ from malora_dist.data.batches import Microbatch
 from malora_dist.data.dataset import data_paths
 from malora_dist.errors import MaloraError
 from malora_dist.exchange.plan import plan_exchanges
-from malora_dist.families.base import family_of
+from malora_dist.families.base import family_of, projection_widths
 from malora_dist.layers.adapted_linear import start_from_base
 from malora_dist.layers.adapter import AdapterSettings
 from malora_dist.layers.attention import attention_class
 from malora_dist.layers.routing_context import RoutingContext
+from malora_dist.methods.budget import adapter_parameters
 from malora_dist.metrics.banner import banner
-from malora_dist.metrics.loggers.base import Loggers, Metrics, make_loggers
-from malora_dist.metrics.routing import reduce_statistics, report_routing
+from malora_dist.metrics.loggers.base import Loggers, RunDescription, make_loggers
+from malora_dist.metrics.routing import RoutingReport, reduce_statistics
 from malora_dist.metrics.traffic import TrafficCounter
+from malora_dist.metrics.watch import Watch
 from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.device import device_name
 from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.pretrained import load_tokenizer
 from malora_dist.training.batches import BatchSource
 from malora_dist.training.best import Best
-from malora_dist.training.callbacks import Callback, Ending, Evaluate, Log, Save, Step, StopIfNotFinite, StopOnSignal
+from malora_dist.training.callbacks import (
+    Callback,
+    Ending,
+    Evaluate,
+    Log,
+    Record,
+    Save,
+    Step,
+    StopIfNotFinite,
+    StopOnSignal,
+)
 from malora_dist.training.evaluation import Validation, task_means
 from malora_dist.training.loss import forward_step
 from malora_dist.training.optimizer import (
@@ -137,13 +150,14 @@ class Trainer:
     def _make_callbacks(self, writer: CheckpointWriter | None) -> list[Callback]:
         """In the order in which they are called; those that may end the run come before the one that saves."""
         config, logger, ending = self.config, self.logger, self.ending
+        watch = Watch(config, self.topology.stage_of_rank)
         callbacks: list[Callback] = [
-            Log(config, logger, self.recorded, ending),
+            Log(config, logger, self.recorded, watch, ending),
             StopIfNotFinite(config, logger, self._last_sources),
             self.replicas,
         ]
         if config.eval_iters:
-            callbacks.append(Evaluate(config, logger, self.evaluate, self.best, ending))
+            callbacks.append(Evaluate(config, logger, self.evaluate, watch, self.best, ending))
         callbacks.append(StopOnSignal(config, ending, lambda: self.signals.agreed(self.topology.device)))
         if writer:
             callbacks.append(Save(config, logger, writer, self.trained, self.best, ending, self.replicas.check))
@@ -168,6 +182,7 @@ class Trainer:
         with contextlib.closing(self.logger), self.signals, heartbeat:
             for callback in self.callbacks:
                 callback.before_first_step(self.trained.iteration)
+            self.logger.begin(self._describe())
             for text in self._introduction():
                 self.logger.message(text)
             while self.trained.iteration < self.ending.last_iteration:
@@ -231,12 +246,10 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
 
-    def recorded(self) -> Metrics:
-        """Figures of the last recorded step's routing and traffic; called by all ranks, empties the record."""
+    def recorded(self) -> Record:
+        """What the last recorded step has kept; called by all ranks, empties the record."""
         statistics = reduce_statistics(self.context, self.topology)
-        metrics = report_routing(statistics, self.config.topk, self.batches.task_names)
-        metrics.scalars |= {f"malora/bytes/{group}": number for group, number in self.traffic.bytes.items()}
-        return metrics
+        return Record(RoutingReport(statistics, self.config, self.batches.task_names), self.traffic.bytes)
 
     @torch.no_grad()
     def evaluate(self) -> Validation:
@@ -278,10 +291,21 @@ class Trainer:
             seed = (self.config.seed + 1_000_003 * iteration + 7919 * self.topology.dp_rank) % 2**31
             seed_dropout(seed)
 
+    def _describe(self) -> RunDescription:
+        config, topology = self.config, self.topology
+        return RunDescription(
+            config=config,
+            banner=banner(self.trained.model, config, self.hf, self.base, self.plan, topology),
+            parameters=adapter_parameters(config, projection_widths(self.hf), self.hf.num_hidden_layers),
+            tasks=self.batches.task_names,
+            world_size=topology.world_size,
+            device=device_name(topology.device),
+            iteration=self.trained.iteration,
+        )
+
     def _introduction(self) -> Iterator[str]:
-        """What a run says before its first step."""
+        """What a run says before its first step, besides its banner."""
         trained, last = self.trained, self.config.last_iteration
-        yield banner(trained.model, self.config, self.hf, self.base, self.plan, self.topology)
         yield self.batches.describe()
         yield from self.notes
         if self.start:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from malora_dist.config import TaskConfig
+from malora_dist.config_sections import TaskConfig
 from malora_dist.data.batches import Sample, collate, pack
 from malora_dist.data.formats import load_examples
 from malora_dist.data.records import read_records

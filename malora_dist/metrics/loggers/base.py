@@ -1,18 +1,29 @@
 """What a run reports, what a logger is, and the loggers of a run.
 
-To add a logger is to add a file beside this one with a function ``make(config) -> Logger | None``.
+To add a logger is to add a file beside this one with a class that is registered under the name that the config uses.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Self
 
 from malora_dist.config import Config
+from malora_dist.registry import Registry
+
+
+class Table(NamedTuple):
+    """Numbers to be drawn as a heatmap.
+
+    Attributes:
+        rows, columns: names.
+        values: a list of each row's numbers.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
 
 
 @dataclass
@@ -21,38 +32,86 @@ class Metrics:
 
     Attributes:
         scalars: one number each.
-        counts: how often each of 0, 1, 2, ... occurred, for example top-k slots by expert.
+        counts: a number for each of 0, 1, 2, ..., for example top-k slots by expert, or seconds by rank.
+        tables: what is drawn as pictures.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
     counts: dict[str, list[float]] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
 
 
-class Logger(Protocol):
-    """What the trainer reports to."""
+@dataclass(frozen=True)
+class RunDescription:
+    """What a logger is told before the first step.
+
+    Attributes:
+        config: as resolved.
+        banner: the text of the start, see :mod:`malora_dist.metrics.banner`.
+        parameters: {kind of adapter parameter: how many, over all ranks}.
+        tasks: their names, in the config's order.
+        world_size: processes.
+        device: ``cpu`` or what the GPU is called.
+        iteration: after which the run begins or goes on.
+    """
+
+    config: Config
+    banner: str
+    parameters: Mapping[str, int]
+    tasks: Sequence[str]
+    world_size: int
+    device: str
+    iteration: int
+
+
+class Logger:
+    """What the trainer reports to; a logger overrides what it has a place for."""
+
+    @classmethod
+    def create(cls, config: Config) -> Self | None:
+        """The logger of a run, or None where the config leaves it nowhere to write.
+
+        Raises:
+            ConfigError: it cannot write there, or a package is missing.
+        """
+        raise NotImplementedError
+
+    def begin(self, run: RunDescription) -> None:
+        """The run begins."""
 
     def message(self, text: str) -> None:
         """Lines for who watches the run."""
-        ...
+
+    def warn(self, text: str, step: int) -> None:
+        """What looks wrong at a step, and the cure."""
 
     def log(self, metrics: Metrics, step: int) -> None:
-        """The figures of a step; a logger leaves out what it does not show."""
-        ...
+        """The figures of a step."""
 
     def close(self) -> None:
         """Flush and close."""
-        ...
 
 
-class Loggers:
+LOGGERS: Registry[Logger] = Registry("malora_dist.metrics.loggers", "loggers")
+
+
+class Loggers(Logger):
     """Several loggers as one, or none: what every rank but the one that reports has."""
 
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self._loggers = loggers
 
+    def begin(self, run: RunDescription) -> None:
+        for logger in self._loggers:
+            logger.begin(run)
+
     def message(self, text: str) -> None:
         for logger in self._loggers:
             logger.message(text)
+
+    def warn(self, text: str, step: int) -> None:
+        for logger in self._loggers:
+            logger.warn(text, step)
 
     def log(self, metrics: Metrics, step: int) -> None:
         for logger in self._loggers:
@@ -64,9 +123,10 @@ class Loggers:
 
 
 def make_loggers(config: Config) -> Loggers:
-    """The loggers that the config wants, of all files beside this one, by name."""
-    package = __name__.rpartition(".")[0]
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    makers = [importlib.import_module(f"{package}.{name}").make for name in names if name != "base"]
-    made = [make(config) for make in makers]
+    """The loggers that the config names.
+
+    Raises:
+        ConfigError: one is unknown, or cannot write.
+    """
+    made = [LOGGERS[name].create(config) for name in dict.fromkeys(config.loggers)]
     return Loggers([logger for logger in made if logger is not None])

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -20,10 +21,11 @@ from torch.utils.tensorboard import summary
 
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
-from malora_dist.metrics.loggers.base import Logger, Metrics
+from malora_dist.metrics.loggers.base import LOGGERS, Logger, Metrics
 
 
-class TensorBoardLogger:
+@LOGGERS.register("tensorboard")
+class TensorBoardLogger(Logger):
     """Writes an event file to a directory; messages are not for it. If it cannot write any more it says so and stops.
 
     Raises:
@@ -43,8 +45,12 @@ class TensorBoardLogger:
                 "tensorboard_dir", str(directory), f"cannot be written ({error.strerror})", "name another directory"
             ) from error
 
-    def message(self, text: str) -> None:
-        """TensorBoard shows figures only."""
+    @classmethod
+    def create(cls, config: Config) -> Self | None:
+        """In ``tensorboard_dir``, else beside the checkpoints; a run that names neither has none."""
+        if config.tensorboard_dir:
+            return cls(Path(config.tensorboard_dir))
+        return cls(Path(config.save) / "tensorboard") if config.save else None
 
     def log(self, metrics: Metrics, step: int) -> None:
         if self._file.closed:
@@ -79,10 +85,3 @@ def _histogram(tag: str, counts: list[float]) -> Summary:
         bucket_limits=[i + 0.5 for i in range(len(counts))],
         bucket_counts=counts,
     )
-
-
-def make(config: Config) -> Logger | None:
-    """In ``tensorboard_dir``, else beside the checkpoints; a run that names neither has none."""
-    if config.tensorboard_dir:
-        return TensorBoardLogger(Path(config.tensorboard_dir))
-    return TensorBoardLogger(Path(config.save) / "tensorboard") if config.save else None

@@ -1,0 +1,192 @@
+"""What looks wrong in a run's figures, each with its cure; :class:`Watch` follows them from report to report.
+
+A fault has to last before it is told, so that one odd batch does not count, and is told once until it has passed.
+
+Shape suffixes: see methods/base.py; J tasks.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from malora_dist.config import Config
+from malora_dist.metrics.loggers.base import Metrics
+from malora_dist.metrics.routing import RoutingReport, effective_share
+
+#: Reports in a row. Starting routers wander, so a starved expert gets more time.
+STARVED_REPORTS = 10
+ROUTING_REPORTS = 5
+TIME_REPORTS = 3
+#: An expert is starved below this part of an even load.
+STARVED_LOAD = 0.05
+#: An expert takes most tokens above this share of them.
+MOST_TOKENS = 0.9
+#: A router has collapsed where it uses the topk experts that it must and less than this part of the others.
+COLLAPSED = 0.05
+#: Share of the sites that have collapsed.
+COLLAPSED_SITES = 0.5
+#: Top-k slots per expert below which a report says nothing about its load.
+FEWEST_SLOTS = 20
+DATA_WAIT = 0.2
+STRAGGLER = 1.3
+#: Evaluations in a row in which a task's validation loss is this part above its best.
+RISING_EVALUATIONS = 2
+RISEN = 0.05
+
+#: Tags of others that are watched.
+DATA_SHARE_TAG = "time share/data"
+COMPUTE_TAG = "compute seconds by rank"
+
+
+class _Lasting:
+    """Counts how often in a row something holds; true once when it has held long enough, until it has passed."""
+
+    def __init__(self, reports: int) -> None:
+        self._reports, self._in_a_row = reports, 0
+
+    def see(self, holds: bool) -> bool:
+        self._in_a_row = self._in_a_row + 1 if holds else 0
+        return self._in_a_row == self._reports
+
+
+class Watch:
+    """Warns.
+
+    Args:
+        stages: the pipeline stage of each rank; the work of ranks of one stage is alike.
+    """
+
+    def __init__(self, config: Config, stages: Sequence[int]) -> None:
+        self._config = config
+        self._stages = list(stages)
+        self._starved: dict[str, Tensor] = {}  # {site: reports in a row [N]}
+        self._told_starved = 0
+        self._dominant: dict[str, _Lasting] = {}
+        self._collapse, self._data = _Lasting(ROUTING_REPORTS), _Lasting(TIME_REPORTS)
+        self._stragglers = [_Lasting(TIME_REPORTS) for _ in self._stages]
+        self._seesaw = _Seesaw(config)
+
+    def report(self, routing: RoutingReport, metrics: Metrics) -> list[str]:
+        """Warnings of a report's figures."""
+        self._seesaw.trained(metrics.scalars)
+        return [*self._of_routing(routing), *self._of_time(metrics)]
+
+    def evaluation(self, scalars: Mapping[str, float], step: int) -> list[str]:
+        """Warnings of an evaluation's figures."""
+        return self._seesaw.evaluated(scalars, step)
+
+    # ---- experts
+
+    def _of_routing(self, routing: RoutingReport) -> Iterator[str]:
+        loads = {site: counts_JN.sum(dim=0) for site, counts_JN in routing.counts_JN.items()}
+        loads = {site: load_N for site, load_N in loads.items() if load_N.mean() >= FEWEST_SLOTS}
+        if not loads:
+            return
+        n, k = self._config.num_experts, self._config.topk
+        used = [n * effective_share(load_N) for load_N in loads.values()]
+        collapsed = sum(experts < k + COLLAPSED * (n - k) for experts in used)
+        has_collapsed = collapsed > COLLAPSED_SITES * len(loads)
+        if self._collapse.see(k < n and has_collapsed):
+            yield (
+                f"the router has collapsed: at {collapsed} of {len(loads)} adapted projections nearly all tokens go to "
+                f"the same {k} of {n} experts; raise aux_loss_coeff={self._config.aux_loss_coeff:g}, or lower "
+                f"lr={self._config.lr:g} and begin again"
+            )
+        yield from self._dominating(loads, tell=not has_collapsed)
+        yield from self._starving(loads)
+
+    def _dominating(self, loads: Mapping[str, Tensor], tell: bool) -> Iterator[str]:
+        if 2 * self._config.topk > self._config.num_experts:
+            return  # most tokens go to every expert anyway
+        found = []
+        for site, load_N in loads.items():
+            share = float(load_N.max()) * self._config.topk / float(load_N.sum())
+            if self._dominant.setdefault(site, _Lasting(ROUTING_REPORTS)).see(share > MOST_TOKENS):
+                found.append(f"expert {int(load_N.argmax())} of {site} takes {share:.0%} of the tokens")
+        if found and tell:
+            yield f"{_first(found)}; raise aux_loss_coeff={self._config.aux_loss_coeff:g}"
+
+    def _starving(self, loads: Mapping[str, Tensor]) -> Iterator[str]:
+        starved = []
+        for site, load_N in loads.items():
+            before_N = self._starved.get(site, torch.zeros_like(load_N))
+            self._starved[site] = now_N = (before_N + 1) * (load_N < STARVED_LOAD * load_N.mean())
+            starved += [f"expert {e} of {site}" for e in (now_N >= STARVED_REPORTS).nonzero().flatten().tolist()]
+        if len(starved) >= max(2 * self._told_starved, 1):
+            self._told_starved = len(starved)
+            experts = len(loads) * self._config.num_experts
+            yield (
+                f"{len(starved)} of {experts} experts have had less than {STARVED_LOAD:.0%} of an even load in "
+                f"{STARVED_REPORTS} reports in a row and hardly train ({_first(starved)}); raise "
+                f"aux_loss_coeff={self._config.aux_loss_coeff:g}, or lower num_lora_experts={self._config.num_experts}"
+            )
+
+    # ---- time
+
+    def _of_time(self, metrics: Metrics) -> Iterator[str]:
+        share = metrics.scalars.get(DATA_SHARE_TAG, 0.0)
+        if self._data.see(share > DATA_WAIT):
+            yield (
+                f"{share:.0%} of a step is spent waiting for its batch; put the data on a faster disk, or give every "
+                "process a CPU core of its own"
+            )
+        seconds = metrics.counts.get(COMPUTE_TAG, [])
+        for rank, (own, stage) in enumerate(zip(seconds, self._stages, strict=False)):
+            alike = [s for s, other in zip(seconds, self._stages, strict=False) if other == stage]
+            usual = statistics.median_low(alike)
+            if self._stragglers[rank].see(own > STRAGGLER * usual):
+                yield (
+                    f"rank {rank} computes {own / usual:.1f} times as long as is usual ({own:.3g} against {usual:.3g} "
+                    "s a step), and all wait for it; look for another program on its machine, heat or a slower device"
+                )
+
+
+class _Seesaw:
+    """A task whose validation loss has risen from its best, although it is trained on."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._training: dict[str, float] = {}  # {task: its last training loss}
+        self._best: dict[str, tuple[float, int, float]] = {}  # {task: (validation loss, step, training loss then)}
+        self._rising: dict[str, _Lasting] = {}
+
+    def trained(self, scalars: Mapping[str, float]) -> None:
+        self._training |= _of_tasks(scalars, "lm loss/")
+
+    def evaluated(self, scalars: Mapping[str, float], step: int) -> list[str]:
+        losses, risen, at_best = _of_tasks(scalars, "lm loss validation/"), {}, []
+        for task, loss in losses.items():
+            best, _, _ = self._best.get(task, (float("inf"), 0, 0.0))
+            if loss < best:
+                self._best[task] = (loss, step, self._training.get(task, float("inf")))
+                at_best.append(task)
+            if self._rising.setdefault(task, _Lasting(RISING_EVALUATIONS)).see(loss > best * (1 + RISEN)):
+                risen[task] = loss
+        return [self._text(task, loss, at_best) for task, loss in risen.items()]
+
+    def _text(self, task: str, loss: float, at_best: Sequence[str]) -> str:
+        best, step, training = self._best[task]
+        what = f"validation loss of {task} has risen from {best:.3g} at iteration {step} to {loss:.3g}"
+        if self._training.get(task, float("inf")) < training:
+            return (
+                f"{what} while its training loss falls: it is learnt by heart; end sooner (early_stopping_patience), "
+                f"lower lr={self._config.lr:g}, or lower its weight"
+            )
+        gains = f" while {_first(at_best)} gained" if at_best else ""
+        return (
+            f"{what}{gains}, a seesaw: tasks compete; raise its weight, lower lr={self._config.lr:g}, or give them "
+            "room (num_lora_experts, lora_rank)"
+        )
+
+
+def _of_tasks(scalars: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {tag.removeprefix(prefix): value for tag, value in scalars.items() if tag.startswith(prefix)}
+
+
+def _first(found: Sequence[str], most: int = 2) -> str:
+    rest = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(found[:most]) + rest
