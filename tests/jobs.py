@@ -142,13 +142,15 @@ def _train_and_record(
             return counts
 
         trainer.batches.global_token_counts = count_and_keep
-        for _ in range(steps):
+        for i in range(steps):
             inputs.clear()
-            step = trainer.train_step()
+            step = trainer.train_step(record=i == steps - 1)
             result["losses"].append(step.losses.overall)
             result["grad_norms"].append(step.grad_norm)
             grads = [x.grad / scales[-1] for x in inputs if x.grad is not None]  # [s / tp, b, h]
             result["input_grads"].append(grads)
+        counts = trainer.recorded().routing.counts_JN
+        result["counts"] = {site: counts_JN.tolist() for site, counts_JN in counts.items()}
         result["parameters"] = {
             k: (where, shape, p.detach().clone()) for k, (p, where, shape) in _adapter_shards(trainer).items()
         }

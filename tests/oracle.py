@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from malora_dist.config_sections import TrainConfig
+from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
 from malora_dist.methods.initial import initial_parameter
 from malora_dist.methods.reference import adapted_forward
@@ -31,13 +31,18 @@ def random_start(seed: int, key: str, shape: Sequence[int]) -> Tensor:
 
 @dataclass
 class Record:
-    """What a run leaves behind: per step losses, norms and gradients, and the parameters at its end."""
+    """What a run leaves behind: per step losses, norms and gradients, and the parameters at its end.
+
+    Attributes:
+        counts: {site: top-k slots by task and expert of the last step}, padding left out.
+    """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     grads: list[dict[str, Tensor]] = field(default_factory=list)
     input_grads: list[list[Tensor]] = field(default_factory=list)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, list[list[float]]] = field(default_factory=dict)
     smallest_margin: float = float("inf")
 
 
@@ -60,6 +65,9 @@ class OracleRun:
         self.params: dict[str, Tensor] = {}
         self.aux: list[Tensor] = []
         self.valid_BS: Tensor | None = None
+        self.tasks_BS: Tensor | None = None
+        self.num_tasks = 0
+        self.counts: dict[str, Tensor] = {}
         self.margin = float("inf")
         for i, layer in enumerate(self.model.model.layers):
             for name, projections in spec.adapters:
@@ -108,13 +116,24 @@ class OracleRun:
             if method.is_mixture():
                 probs = router_logits(x_BSI.detach(), params["router"]).softmax(-1)
                 top = probs[self.valid_BS].topk(min(self.spec.topk + 1, self.spec.num_experts)).values
+                if is_first:
+                    self._count(site, probs)
                 if top.shape[-1] > self.spec.topk:
                     self.margin = min(self.margin, float((top[:, -2] - top[:, -1]).min().detach()))
             return y.view_as(output)
 
         return hook
 
-    def train(self, steps: Sequence[Sequence[Microbatch]], config: TrainConfig) -> Record:
+    def _count(self, site: str, probs_BSN: Tensor) -> None:
+        """Which task's tokens the router sends where, one by one."""
+        assert self.tasks_BS is not None
+        chosen_BSK = probs_BSN.topk(self.spec.topk).indices
+        counts = self.counts.setdefault(site, torch.zeros(self.num_tasks, self.spec.num_experts))
+        for task, experts in zip(self.tasks_BS.flatten().tolist(), chosen_BSK.flatten(0, 1).tolist(), strict=True):
+            for expert in experts if task else ():
+                counts[task - 1, expert] += 1
+
+    def train(self, steps: Sequence[Sequence[Microbatch]], config: Config) -> Record:
         """AdamW over ``steps``, each a list of the global batch's microbatches."""
         record = Record()
         trainable = {key: p for key, p in self.params.items() if p.requires_grad}
@@ -123,7 +142,9 @@ class OracleRun:
         optimizer = torch.optim.AdamW(
             [decays, vectors], config.lr, (config.adam_beta1, config.adam_beta2), config.adam_eps
         )
+        self.num_tasks = len(config.data)
         for step, microbatches in enumerate(steps):
+            self.counts.clear()
             optimizer.zero_grad()
             record.input_grads.append([])
             answer_tokens = sum(float(m.loss_mask_BS.sum()) for m in microbatches)
@@ -131,7 +152,7 @@ class OracleRun:
             for index, microbatch in enumerate(microbatches):
                 self.place = (step, index)
                 self.aux.clear()
-                self.valid_BS = microbatch.token_task_BS > 0
+                self.tasks_BS, self.valid_BS = microbatch.token_task_BS, microbatch.token_task_BS > 0
                 embedded = self.model.model.embed_tokens(microbatch.tokens_BS).requires_grad_()
                 logits = self.model(inputs_embeds=embedded, position_ids=microbatch.position_ids_BS).logits
                 losses = F.cross_entropy(logits.flatten(0, 1), microbatch.labels_BS.flatten(), reduction="none")
@@ -148,5 +169,6 @@ class OracleRun:
                 torch.nn.utils.clip_grad_norm_(trainable.values(), config.clip_grad)
             optimizer.step()
         record.parameters = {key: p.detach().clone() for key, p in self.params.items()}
+        record.counts = {site: counts.tolist() for site, counts in self.counts.items()}
         record.smallest_margin = self.margin
         return record

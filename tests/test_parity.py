@@ -1,4 +1,4 @@
-"""Training on every layout equals the one-process oracle: losses, gradients, parameters.
+"""Training on every layout equals the one-process oracle: losses, gradients, parameters, routing counts.
 
 All runs are float32. Tolerances: the layouts sum the same float32 numbers in another order; over
 the few thousand terms of these tiny models that moves a tensor by some 1e-6 to 1e-5 of its largest
@@ -166,6 +166,7 @@ def compare_without_input(results: list[dict[str, Any]], expected: Record) -> No
     for result in results:
         assert result["losses"] == pytest.approx(expected.losses, rel=1e-5)
         assert result["grad_norms"] == pytest.approx(expected.grad_norms, rel=RTOL)
+        assert result["counts"] == expected.counts, "top-k slots by task and expert"
     for step, grads in enumerate(expected.grads):
         got = assemble(results, lambda r, step=step: r["grads"][step])
         assert set(got) == set(grads)
