@@ -242,7 +242,7 @@ def microbatches_per_rank(results: list[dict[str, Any]], step: int) -> list[int]
 
 
 def compare(results: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Losses, routing counts, and shards of gradients and parameters; ``expected`` by the same ranks, or whole by one process."""
+    """Losses, counts, shards of gradients and parameters; ``expected`` by the same ranks, or whole by one process."""
     references = expected * len(results) if len(expected) == 1 else expected
     for result, reference in zip(results, references, strict=True):
         assert result["losses"] == pytest.approx(reference["losses"], rel=1e-5)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +15,8 @@ from malora_dist.metrics import watch as rules
 from malora_dist.metrics.loggers.base import Metrics
 from malora_dist.metrics.routing import RoutingReport
 from malora_dist.metrics.watch import Watch
+from tests.test_parity import overrides
+from tests.workers import WorkerPool
 
 CONFIG = Config(num_lora_experts=4, topk=1, aux_loss_coeff=0.01, lr=1e-3)
 EVEN = [100.0] * 4
@@ -113,3 +119,20 @@ def test_a_seesaw() -> None:
         "validation loss of a has risen from 1 at iteration 10 to 1.2 while b gained, a seesaw: tasks compete; raise "
         "its weight, lower lr=0.001, or give them room (num_lora_experts, lora_rank)"
     ]
+
+
+def test_a_run_warns_of_its_routers(
+    workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    """On the console and in the file, at the fifth report; a healthy run of the same length says nothing."""
+    settings = overrides(
+        base_dir, task_files, "expert_model_parallel_size=2", "train_iters=6", "log_interval=1", "eval_iters=0",
+        "lr=1e-30", "aux_loss_coeff=0.01", f"save={tmp_path}", "save_interval=0",
+    )  # fmt: skip
+    said = "".join(workers.run("jobs_watch:train_with_blind_routers", 2, overrides=settings))
+    assert re.findall("warning at iteration (\\d+): (.*?):", said) == [("5", "the router has collapsed")]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "warning"] == [5]
+    healthy = [*settings[:-2], f"save={tmp_path / 'healthy'}"]
+    workers.run("train_with_cli", 2, overrides=healthy)
+    assert '"kind":"warning"' not in (tmp_path / "healthy" / "metrics.jsonl").read_text()
