@@ -2,15 +2,14 @@
 
     python tools/monitor.py RUN [RUN ...]
 
-RUN is the `save` of a run, or its metrics.jsonl, which the logger jsonl writes. Ctrl-C ends. docs/monitoring.md says what
-is shown.
+RUN is the `save` of a run, or its metrics.jsonl, which the logger jsonl writes. Ctrl-C ends. docs/monitoring.md says
+what is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live

@@ -27,7 +27,11 @@ MOST_DIFFERING = 5
 
 TRAINING, VALIDATION, ACCURACY = "lm loss", "lm loss validation", "accuracy validation"
 TITLES = {TRAINING: "training", VALIDATION: "validation", ACCURACY: "accuracy"}
-BALANCE = {"median load": "malora/balance/median", "90% load": "malora/balance/p90", "largest load": "malora/balance/max"}
+BALANCE = {
+    "median load": "malora/balance/median",
+    "90% load": "malora/balance/p90",
+    "largest load": "malora/balance/max",
+}
 
 
 class Row(NamedTuple):

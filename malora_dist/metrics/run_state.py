@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import statistics
 from dataclasses import dataclass
 
@@ -107,7 +108,7 @@ class RunState:
 
     def _gaps(self) -> list[float]:
         times = [time for _, time in self._of_this_start()[-RECENT - 1 :]]
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def duration(seconds: float) -> str:

@@ -10,8 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
-#: What fills a bar: a whole character, and the parts of one.
-FILLS, ASCII_FILLS = " ▏▎▍▌▋▊▉█", " #"
+#: A bar's filled part, and its rest.
+FILLS, ASCII_FILLS = "█░", "#."
 #: Stands for values that are not finite.
 NOT_FINITE = "x"
 FIGURE_WIDTH = 7
@@ -60,7 +60,8 @@ class Trend:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         room = max(options.max_width - len(FIGURES) * FIGURE_WIDTH, 0)
         blocks = ASCII_BLOCKS if options.ascii_only else BLOCKS
-        line = Text(sparkline(self._scaled(), room, blocks).ljust(room), style="cyan", no_wrap=True)
+        line = Text.assemble((sparkline(self._scaled(), room, blocks).ljust(room), "cyan"))
+        line.no_wrap = True
         for figure, style in zip(self._figures(), ("dim", "bold", ""), strict=True):
             line.append(figure.rjust(FIGURE_WIDTH), style)
         yield line
@@ -87,9 +88,10 @@ class Heading:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         figures = "".join(name.rjust(FIGURE_WIDTH) for name in FIGURES)
         room = max(options.max_width - len(figures), 0)
-        title = Text(self.text, no_wrap=True)
-        title.truncate(max(room - 1, 0), overflow="ellipsis", pad=True)
-        line = Text.assemble((title.plain.ljust(room), "bold"), (figures, "dim"))
+        title = Text(self.text, style="bold")
+        title.truncate(room + 1, overflow="ellipsis")  # the first figure's name is shorter than its column
+        names = figures.lstrip().rjust(options.max_width - len(title))
+        line = Text.assemble(title, (names, "dim"))
         line.no_wrap = True
         yield line
 
@@ -109,11 +111,10 @@ class Gauge:
     text_width: int = 16
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        fills, rest = (ASCII_FILLS, ".") if options.ascii_only else (FILLS, "░")
+        fill, rest = ASCII_FILLS if options.ascii_only else FILLS
         room = min(max(options.max_width - self.text_width - 1, NARROWEST), WIDEST_BAR)
         share = min(max(self.share, 0.0), 1.0) if math.isfinite(self.share) else 0.0
-        whole, part = divmod(round(share * room * (len(fills) - 1)), len(fills) - 1)
-        filled = fills[-1] * whole + (fills[part] if part else "")
-        line = Text.assemble((filled, self.style), (rest * (room - len(filled)), "dim"), " ", self.text)
+        filled = round(share * room)
+        line = Text.assemble((fill * filled, self.style), (rest * (room - filled), "dim"), " ", self.text)
         line.no_wrap, line.overflow = True, "ellipsis"
         yield line
