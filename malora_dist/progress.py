@@ -17,7 +17,8 @@ T = TypeVar("T")
 _DELAY_SECONDS = 0.5
 _COUNTED = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}, ETA {remaining}{postfix}]"
 _UNCOUNTED = "{desc} ... {elapsed}"
-_YELLOW, _PLAIN = "\033[33m", "\033[0m"
+_YELLOW = "\033[33m"
+_PLAIN = "\033[0m"
 
 
 def is_terminal(stream: TextIO) -> bool:

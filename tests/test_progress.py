@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -15,24 +16,34 @@ from malora_dist.metrics.loggers.console import ConsoleLogger
 from malora_dist.progress import Progress
 
 
-@contextmanager
+@contextlib.contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """stdout is a terminal; what it got is in the list afterwards."""
     shown: list[str] = []
     leader, follower = os.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
     with open(follower, "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         patch.setenv("TERM", "xterm")
         yield shown
         stdout.flush()
-        shown.append(os.read(leader, 1 << 16).decode())
+        shown.append(_all_of(leader))
     os.close(leader)
 
 
-def a_run(is_writer: bool = True) -> None:
+def _all_of(leader: int) -> str:
+    os.set_blocking(leader, False)
+    read = b""
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            read += os.read(leader, 1 << 12)
+    return read.decode()
+
+
+def a_run(is_writer: bool = True, seconds: float = 0.0) -> None:
     progress, logger = Progress(is_writer), ConsoleLogger(3)
     with progress.phase("loading x"):
-        time.sleep(0.6)
+        time.sleep(seconds)
     assert list(progress.over(["a", "b"], "tokenising y")) == ["a", "b"]
     with progress.phase("training", total=3, done=1):
         logger.message("going on")
@@ -47,7 +58,7 @@ def a_run(is_writer: bool = True) -> None:
 def test_a_terminal_shows_a_bar_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     with terminal(monkeypatch) as shown:
-        a_run()
+        a_run(seconds=0.6)
     (text,) = shown
     assert "\rloading x ... 00:00" in text
     assert "tokenising" not in text, "over at once"
@@ -60,7 +71,7 @@ def test_a_terminal_shows_a_bar_below_the_lines(monkeypatch: pytest.MonkeyPatch)
     ):
         assert line.split("\r")[-2] == stands, "a line of its own, nothing of the bar beside it"
     assert lines[-1] == ""
-    assert all("evaluating" not in line for line in lines[2:]), "one bar at a time"
+    assert all("evaluating" not in line for line in lines[3:]), "one bar at a time"
 
 
 def test_a_pipe_and_other_ranks_show_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:

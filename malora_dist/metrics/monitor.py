@@ -14,18 +14,19 @@ from rich.text import Text
 
 from malora_dist.metrics.history import History
 from malora_dist.metrics.run_state import RunState, clock
-from malora_dist.metrics.sparklines import FIGURE_WIDTH, FIGURES, NARROWEST, Gauge, Heading, Trend
+from malora_dist.metrics.sparklines import TREND_WIDTH, Gauge, Heading, Trend
 
 #: Of each run.
 MOST_WARNINGS = 3
-#: Widest column of labels, and the narrowest of a run's figures.
+#: The widest column of labels.
 LABEL_WIDTH = 20
-COLUMN_WIDTH = NARROWEST + len(FIGURES) * FIGURE_WIDTH
 #: Keys that differ between runs without making them different, or that are shown anyway.
 NOT_COMPARED = {"save", "load", "tensorboard_dir", "data", "method"}
 MOST_DIFFERING = 5
 
-TRAINING, VALIDATION, ACCURACY = "lm loss", "lm loss validation", "accuracy validation"
+TRAINING = "lm loss"
+VALIDATION = "lm loss validation"
+ACCURACY = "accuracy validation"
 TITLES = {TRAINING: "training", VALIDATION: "validation", ACCURACY: "accuracy"}
 BALANCE = {
     "median load": "malora/balance/median",
@@ -82,7 +83,7 @@ def run_names(files: Sequence[Path]) -> list[str]:
 
 def _blocks(runs: Sequence[RunState], width: int) -> Iterator[Sequence[RunState]]:
     """Runs that stand beside one another; there is room for so many columns."""
-    columns = max((width - LABEL_WIDTH) // COLUMN_WIDTH, 1)
+    columns = max((width - LABEL_WIDTH) // (TREND_WIDTH + 1), 1)
     for first in range(0, len(runs), columns):
         yield runs[first : first + columns]
 
@@ -97,7 +98,7 @@ def _draw_block(runs: Sequence[RunState], width: int, most_tasks: int) -> Render
     labels = [*tasks[:most_tasks], "validation  ", *BALANCE, "TFLOP/s/device"]
     label_width = min(max(len(label) for label in labels) + 2, LABEL_WIDTH)
     room = width - label_width
-    losses = _losses_of_one if len(runs) == 1 and room >= 2 * (COLUMN_WIDTH + 2) else _losses_of_several
+    losses = _losses_of_one if len(runs) == 1 and room >= 2 * (TREND_WIDTH + 2) else _losses_of_several
     parts = [
         _grid(list(_head(runs)), label_width, width),
         *_warnings(runs),
@@ -177,7 +178,7 @@ def _losses_of_one(runs: Sequence[RunState], tasks: Sequence[str], most_tasks: i
     """Training, validation and, where there is room, accuracy beside one another; a row for each task."""
     (run,) = runs
     figures = [tag for tag in TITLES if tag in run.history.scalars]
-    figures = figures[: width // (COLUMN_WIDTH + 2)]
+    figures = figures[: width // (TREND_WIDTH + 2)]
     if not figures:
         return
     yield Row("losses", [Heading(TITLES[tag]) for tag in figures], style="bold")

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII_BLOCKS = "_.-:=+*#"
 #: A bar's filled part, and its rest.
-FILLS, ASCII_FILLS = "█░", "#."
+FILLS = "█░"
+ASCII_FILLS = "#."
 #: Stands for values that are not finite.
 NOT_FINITE = "x"
 FIGURE_WIDTH = 7
@@ -19,6 +21,7 @@ FIGURES = ("first", "last", "best")
 #: A line of blocks that is narrower says nothing.
 NARROWEST = 8
 WIDEST_BAR = 60
+TREND_WIDTH = NARROWEST + 3 * FIGURE_WIDTH
 
 
 def sparkline(values: Sequence[float], width: int, blocks: str = BLOCKS) -> str:
