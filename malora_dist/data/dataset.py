@@ -158,10 +158,10 @@ def _digest(*parts: Sequence[TokenizedExample]) -> str:
 
 def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Split:
     reading = Reading(config.corrupt_data)
-    with progress.phase(f"reading {task.path}"):
+    with progress.phase(f"reading {task.label}"):
         examples = load_examples(task, tokenizer, reading)
     answered = [example for example in examples if example.answer.strip()]
-    encoded = [encode_example(example, tokenizer) for example in progress.over(answered, f"tokenising {task.path}")]
+    encoded = [encode_example(example, tokenizer) for example in progress.over(answered, f"tokenising {task.label}")]
     fitted = [fit(sample, config.seq_length, config.overlong) for sample in encoded]
     return _Split(
         samples=[sample for sample in fitted if sample is not None],

@@ -12,8 +12,8 @@ from rich.text import Text
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-:=+*#"
 #: A bar's filled part, and its rest.
-FILLS = "█░"
-ASCII_FILLS = "#."
+FILLS = ("█", "░")
+ASCII_FILLS = ("#", ".")
 #: Stands for values that are not finite.
 NOT_FINITE = "x"
 FIGURE_WIDTH = 7
