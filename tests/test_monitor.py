@@ -89,7 +89,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("now", "ended", "state"),
-    [(1040.0, False, "going on, last report 20 s ago"), (1060.0, False, "silent for 40 s, usually reports every 5 s"),
+    [(1040.0, False, "going on, last report 20 s ago"), (1060.0, False, "silent for 40 s (usual 5 s)"),
      (9000.0, True, "ended before its last iteration, 2 h 13 min ago")],
 )  # fmt: skip
 def test_whether_a_run_goes_on(now: float, ended: bool, state: str, tmp_path: Path) -> None:

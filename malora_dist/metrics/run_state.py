@@ -98,7 +98,7 @@ class RunState:
         if usual is None:
             return f"begun, last line {duration(self.idle_seconds)} ago", "green"
         if self.is_silent:
-            return f"silent for {duration(self.idle_seconds)}, usually reports every {duration(usual)}", "bold red"
+            return f"silent for {duration(self.idle_seconds)} (usual {duration(usual)})", "bold red"
         return f"going on, last report {duration(self.idle_seconds)} ago", "green"
 
     def _of_this_start(self) -> list[tuple[int, float]]:
