@@ -71,7 +71,8 @@ def test_a_terminal_shows_a_bar_below_the_lines(monkeypatch: pytest.MonkeyPatch)
     ):
         assert line.split("\r")[-2] == stands, "a line of its own, nothing of the bar beside it"
     assert lines[-1] == ""
-    assert all("evaluating" not in line for line in lines[3:]), "one bar at a time"
+    assert lines[2].count("training") == 1, "one bar at a time: the outer one comes back when the inner one is over"
+    assert all("evaluating" not in line for line in lines[3:])
 
 
 def test_a_pipe_and_other_ranks_show_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
