@@ -16,6 +16,7 @@ from malora_dist.layers.routing_context import SiteStatistics
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.metrics.routing import RoutingReport
 from malora_dist.metrics.watch import Watch
+from malora_dist.progress import Progress
 from malora_dist.training.best import Best
 from malora_dist.training.callbacks import Ending, Evaluate, Log, Periodic, Record, Save, Step, StopIfNotFinite
 from malora_dist.training.evaluation import TaskMeans, Validation
@@ -154,7 +155,7 @@ def saves(writer: SlowWriter, steps: int, losses: dict[int, float] | None = None
     logger, best, checked = Noting(), Best("lm loss validation"), list[int]()
     callback = Save(
         Config(train_iters=steps, **config), logger, cast("CheckpointWriter", writer), cast("Trained", None), best,
-        Ending(steps), checked.append,
+        Ending(steps), checked.append, Progress(is_shown=False),
     )  # fmt: skip
     for i in range(1, steps + 1):
         if i in losses:

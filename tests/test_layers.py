@@ -28,6 +28,7 @@ LAYERS = {
     "exit_codes": Layer(""),
     "files": Layer("errors"),
     "pretrained": Layer("errors files"),
+    "progress": Layer(""),
     "fields": Layer("errors"),
     "registry": Layer("errors"),
     "methods": Layer("errors fields registry"),
@@ -40,12 +41,14 @@ LAYERS = {
     "families": Layer("errors files registry methods"),
     "layers": Layer("methods kernels exchange parallel", megatron=True),
     "models": Layer("errors methods config exchange parallel layers families", megatron=True),
-    "data": Layer("errors files config_sections config"),
+    "data": Layer("errors files progress config_sections config"),
     "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
-    "metrics": Layer("errors registry methods config kernels parallel exchange families layers models checkpoint"),
+    "metrics": Layer(
+        "errors progress registry methods config kernels parallel exchange families layers models checkpoint"
+    ),
     "training": Layer(
         "errors exit_codes methods config_sections config parallel exchange families layers models data checkpoint "
-        "metrics pretrained",
+        "metrics pretrained progress",
         megatron=True,
     ),
     "hf": Layer("errors files methods config_sections config kernels data pretrained"),

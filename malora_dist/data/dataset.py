@@ -16,6 +16,7 @@ from malora_dist.data.schedule import keyed_permutation
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import ConfigError, DataError
 from malora_dist.files import is_same_file
+from malora_dist.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,9 @@ class TaskDataset:
         )
 
 
-def load_tasks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[TaskDataset]:
+def load_tasks(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress | None = None
+) -> list[TaskDataset]:
     """All tasks of a config, in its order.
 
     A task's validation split is its validation_path or, without one, ``validation_samples``
@@ -71,7 +74,8 @@ def load_tasks(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         DataError: a file or record that cannot be used, or a task without training samples.
         ConfigError: format, prompt_template or validation_path cannot work.
     """
-    return [_load_task(task, config, tokenizer, seed) for task in config.data]
+    progress = progress or Progress(is_shown=False)
+    return [_load_task(task, config, tokenizer, seed, progress) for task in config.data]
 
 
 def split_off(
@@ -111,13 +115,15 @@ class _Split:
     reading: Reading
 
 
-def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskDataset:
+def _load_task(
+    task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress
+) -> TaskDataset:
     name = task.label
     if task.validation_path and is_same_file(task.validation_path, task.path):
         rule = "is the task's training file"
         cure = "name another file, or remove it to hold samples out"
         raise ConfigError(f"data[{name}].validation_path", task.validation_path, rule, cure)
-    read = _read_split(task, config, tokenizer)
+    read = _read_split(task, config, tokenizer, progress)
     if not read.samples:
         raise DataError(
             f"{task.path}: leaves task {name!r} no samples ({read.blank} without an answer, {read.overlong} above "
@@ -125,7 +131,8 @@ def _load_task(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokeni
         )
     splits = {"train": read}
     if task.validation_path:
-        splits["validation"] = _read_split(dataclasses.replace(task, path=task.validation_path), config, tokenizer)
+        validation_task = dataclasses.replace(task, path=task.validation_path)
+        splits["validation"] = _read_split(validation_task, config, tokenizer, progress)
         train, validation = read.samples, splits["validation"].samples
     else:
         train, validation = split_off(read.samples, config.validation_samples, seed, name)
@@ -149,11 +156,12 @@ def _digest(*parts: Sequence[TokenizedExample]) -> str:
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
-def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> _Split:
+def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Split:
     reading = Reading(config.corrupt_data)
-    examples = load_examples(task, tokenizer, reading)
+    with progress.phase(f"reading {task.label}"):
+        examples = load_examples(task, tokenizer, reading)
     answered = [example for example in examples if example.answer.strip()]
-    encoded = [encode_example(example, tokenizer) for example in answered]
+    encoded = [encode_example(example, tokenizer) for example in progress.over(answered, f"tokenising {task.label}")]
     fitted = [fit(sample, config.seq_length, config.overlong) for sample in encoded]
     return _Split(
         samples=[sample for sample in fitted if sample is not None],

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.errors import DataError
-from malora_dist.metrics.loggers.base import Table
-from malora_dist.metrics.loggers.jsonl import FILE_NAME, VERSION
+from malora_dist.metrics.report_file import FILE_NAME, VERSION, Table
 
 
 @dataclass
@@ -23,6 +22,7 @@ class History:
         tables: {tag: {step: table}}.
         warnings: (step, text) of each.
         times: {step: when it was reported, seconds since 1970}.
+        last_time: when it has written its last line of any kind, seconds since 1970.
         has_ended: whether the last start of the run has ended by itself.
     """
 
@@ -32,11 +32,12 @@ class History:
     tables: dict[str, dict[int, Table]] = field(default_factory=dict)
     warnings: list[tuple[int, str]] = field(default_factory=list)
     times: dict[int, float] = field(default_factory=dict)
+    last_time: float = 0.0
     has_ended: bool = False
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line of the file."""
-        kind = line["kind"]
+        kind, self.last_time = line["kind"], line["time"]
         self.has_ended = kind == "end"
         if kind == "begin":
             self.run = line
@@ -82,8 +83,15 @@ class HistoryReader:
         """Take in what is new, whole lines only.
 
         Raises:
-            DataError: a line is not of this format, with its number.
+            DataError: a line is not of this format, with its number; or the file cannot be read.
         """
+        try:
+            self._take_new_lines()
+        except OSError as error:
+            raise DataError(f"{self.file}: cannot be read ({error.strerror}); name a run that is there") from error
+        return self.history
+
+    def _take_new_lines(self) -> None:
         if self.file.stat().st_size < self._read_bytes:  # another run has begun here
             self.history, self._read_bytes, self._read_lines = History(), 0, 0
         with self.file.open("rb") as content:
@@ -95,7 +103,6 @@ class HistoryReader:
                 self._read_lines += 1
                 if line.strip():
                     self._take(line)
-        return self.history
 
     def _take(self, line: bytes) -> None:
         try:

@@ -18,6 +18,7 @@ from malora_dist.data.dataset import data_fingerprints, data_paths, load_tasks
 from malora_dist.data.schedule import SampleSchedule
 from malora_dist.errors import DataError
 from malora_dist.parallel.topology import Topology
+from malora_dist.progress import Progress
 
 #: Sequences are padded to a multiple of this, so that few different shapes occur.
 PAD_MULTIPLE = 8
@@ -52,10 +53,15 @@ class BatchSource:
     """
 
     def __init__(
-        self, config: Config, tokenizer: PreTrainedTokenizerBase, topology: Topology, microbatch_multiple: int = 1
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        topology: Topology,
+        progress: Progress,
+        microbatch_multiple: int = 1,
     ) -> None:
         self._config, self._topology = config, topology
-        self._tasks = load_tasks(config, tokenizer, config.seed)
+        self._tasks = load_tasks(config, tokenizer, config.seed, progress)
         self.fingerprints = data_fingerprints(self._tasks)
         _check_same_on_all_ranks(self.fingerprints, data_paths(config), topology.device)
         self._schedule = SampleSchedule(

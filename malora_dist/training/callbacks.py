@@ -18,6 +18,7 @@ from malora_dist.exit_codes import stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.metrics.routing import RoutingReport
 from malora_dist.metrics.watch import Watch
+from malora_dist.progress import Progress
 from malora_dist.training.best import Best
 from malora_dist.training.evaluation import TaskMeans, Validation
 
@@ -239,6 +240,7 @@ class Save(Periodic):
     Args:
         writer: writes them.
         check: refuses to save what must not be; called with the iteration, on all ranks.
+        progress: shows that it saves.
     """
 
     def __init__(
@@ -250,10 +252,11 @@ class Save(Periodic):
         best: Best,
         ending: Ending,
         check: Callable[[int], None],
+        progress: Progress,
     ) -> None:
         super().__init__(config.save_interval, ending)
         self._config, self._logger, self._writer, self._trained = config, logger, writer, trained
-        self._best, self._check = best, check
+        self._best, self._check, self._progress = best, check, progress
 
     def is_due(self, iteration: int) -> bool:
         return super().is_due(iteration) or (self._config.keep_best and self._best.is_best(iteration))
@@ -282,7 +285,8 @@ class Save(Periodic):
     def _try(self, write: Callable[[], None], is_last: bool) -> None:
         """Write; if that is impossible, go on where the config wants it and a later checkpoint makes up for it."""
         try:
-            write()
+            with self._progress.phase("saving"):
+                write()
         except CheckpointError as error:
             if is_last or self._config.on_save_error == "stop":
                 raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
 from malora_dist.pretrained import load_tokenizer
+from malora_dist.progress import Progress
 from malora_dist.training.batches import BatchSource
 from malora_dist.training.best import Best
 from malora_dist.training.callbacks import (
@@ -85,13 +86,15 @@ class Trainer:
 
     def __init__(self, config: Config, topology: Topology) -> None:
         self.config, self.topology = config, topology
+        self.progress = Progress(is_shown=topology.is_writer and "console" in config.loggers)
         base_path = Path(config.pretrained_checkpoint)
         verification = BaseVerification(base_path)
         self.notes = [verification.note] if verification.note else []
         self.base = read_base_info(base_path)
         family = family_of(hf_dir(base_path))
         self.hf = family.hf
-        self.start = find_start(config, topology)
+        with self.progress.phase("looking for a checkpoint to go on from"):
+            self.start = find_start(config, topology)
         if self.start:
             check_adapter_matches(self.start.directory, self.start.info, config, self.base)
         is_interleaved = config.virtual_pipeline_model_parallel_size > 1
@@ -99,6 +102,7 @@ class Trainer:
             config,
             load_tokenizer(hf_dir(base_path), self.hf.vocab_size),
             topology,
+            self.progress,
             topology.pp_size if is_interleaved else 1,
         )
         if self.start:
@@ -114,10 +118,11 @@ class Trainer:
         attention = attention_class(attention_choice(config, topology.device).chosen)
         model = build_stages(family, config, settings, attention)
         self.model_config = model[0].config
-        try:
-            load_base_weights(checkpoint_dir(base_path), model, topology)
-        finally:  # a damaged file is a better reason than what comes of it
-            verification.finish()
+        with self.progress.phase(f"loading {base_path}"):
+            try:
+                load_base_weights(checkpoint_dir(base_path), model, topology)
+            finally:  # a damaged file is a better reason than what comes of it
+                verification.finish()
         start_from_base(model)
         ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, use_distributed_optimizer=config.use_distributed_optimizer
@@ -130,7 +135,8 @@ class Trainer:
         start_moments(optimizer)
         self.trained = Trained(model, optimizer)
         if self.start:
-            load_adapter_checkpoint(self.start.directory, self.start.info.has_optimizer, self.trained, topology)
+            with self.progress.phase(f"loading {self.start.directory}"):
+                load_adapter_checkpoint(self.start.directory, self.start.info.has_optimizer, self.trained, topology)
         check_finite(model, base_path, self.start and self.start.directory)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
@@ -160,7 +166,8 @@ class Trainer:
             callbacks.append(Evaluate(config, logger, self.evaluate, watch, self.best, ending))
         callbacks.append(StopOnSignal(config, ending, lambda: self.signals.agreed(self.topology.device)))
         if writer:
-            callbacks.append(Save(config, logger, writer, self.trained, self.best, ending, self.replicas.check))
+            check = self.replicas.check
+            callbacks.append(Save(config, logger, writer, self.trained, self.best, ending, check, self.progress))
         return callbacks
 
     def _make_writer(self) -> CheckpointWriter:
@@ -179,7 +186,8 @@ class Trainer:
             SystemExit: a signal has ended the run.
         """
         heartbeat = Heartbeat(self.topology, self.config.distributed_timeout_minutes * 60)
-        with contextlib.closing(self.logger), self.signals, heartbeat:
+        bar = self.progress.phase("training", self.ending.last_iteration, self.trained.iteration)
+        with contextlib.closing(self.logger), self.signals, heartbeat, bar:
             for callback in self.callbacks:
                 callback.before_first_step(self.trained.iteration)
             self.logger.begin(self._describe())
@@ -189,6 +197,7 @@ class Trainer:
                 heartbeat.begin(self.trained.iteration + 1)
                 record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
                 step = self.train_step(record)
+                self.progress.advance(f"lm loss {step.losses.overall:.4f}")
                 try:
                     for callback in self.callbacks:
                         callback.after_step(step)
@@ -257,18 +266,26 @@ class Trainer:
         for chunk in self.ddp:
             chunk.eval()
         sums: list[Tensor] = []
+        names = self.batches.evaluated_tasks
         for task, microbatches in enumerate(self.batches.validation()):
             if task == 0:
                 self.plan.begin_step()
-            sums.extend(self._run(microbatches, forward_only=True))
+            text = f"evaluating {names[task]}, {task + 1} of {len(names)} tasks"
+            with self.progress.phase(text, len(microbatches) * len(self.ddp)):
+                sums.extend(self._run(microbatches, forward_only=True, each=self.progress.counted))
         self.plan.end_step(with_gradients=False)
         return Validation(*task_means(sums, 2, self.batches.task_names, self.topology))
 
-    def _run(self, microbatches: Sequence[Microbatch], forward_only: bool) -> list[Tensor]:
+    def _run(
+        self,
+        microbatches: Sequence[Microbatch],
+        forward_only: bool,
+        each: Callable[[Sequence[Microbatch]], Iterator[Microbatch]] = iter,
+    ) -> list[Tensor]:
         """megatron's forward(-backward) over this rank's microbatches; the loss sums on the last stage."""
         return get_forward_backward_func()(
             forward_step_func=partial(forward_step, num_tasks=len(self.batches.task_names)),
-            data_iterator=[iter(microbatches) for _ in self.ddp],  # each chunk runs all of them
+            data_iterator=[each(microbatches) for _ in self.ddp],  # each chunk runs all of them
             model=self.ddp,
             num_microbatches=len(microbatches),
             # What pipeline stages send, where they do not tell one another the shape of each microbatch.

@@ -7,23 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Self
 
 from malora_dist.config import Config
+from malora_dist.metrics.report_file import Table
 from malora_dist.registry import Registry
-
-
-class Table(NamedTuple):
-    """Numbers to be drawn as a heatmap.
-
-    Attributes:
-        rows, columns: names.
-        values: a list of each row's numbers.
-    """
-
-    rows: list[str]
-    columns: list[str]
-    values: list[list[float]]
 
 
 @dataclass

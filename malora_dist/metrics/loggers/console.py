@@ -7,6 +7,7 @@ from typing import Self
 
 from malora_dist.config import Config
 from malora_dist.metrics.loggers.base import LOGGERS, Logger, Metrics, RunDescription
+from malora_dist.progress import write_above
 
 #: (tag, its name on the console, format), in order; a figure that a step does not have is left out.
 _FIGURES = (
@@ -22,7 +23,7 @@ _VALIDATION = "lm loss validation/"
 
 @LOGGERS.register("console")
 class ConsoleLogger(Logger):
-    """Prints."""
+    """Prints; on a terminal above the bar of :mod:`malora_dist.progress`, warnings in yellow."""
 
     def __init__(self, train_iters: int) -> None:
         self._train_iters = train_iters
@@ -35,10 +36,10 @@ class ConsoleLogger(Logger):
         self.message(run.banner)
 
     def message(self, text: str) -> None:
-        print(text, flush=True)
+        write_above(text)
 
     def warn(self, text: str, step: int) -> None:
-        self.message(f"warning at iteration {step}: {text}")
+        write_above(f"warning at iteration {step}: {text}", stands_out=True)
 
     def log(self, metrics: Metrics, step: int) -> None:
         if "lm loss" in metrics.scalars:

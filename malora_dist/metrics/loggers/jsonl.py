@@ -1,14 +1,6 @@
 """A file of JSON lines beside the checkpoints: what other programs read, a run in progress included.
 
-Every line is an object with `kind`, `time` (seconds since 1970) and, unless it is `begin` or `message`, `step`:
-
-    begin    version (of this format), config, parameters, tasks, world_size, device, iteration
-    log      scalars; where there are any, counts and tables {name: {rows, columns, values}}
-    warning  text
-    message  text
-    end
-
-A run that goes on adds to the file. Steps that it makes again stand there twice; the later line counts.
+Its format: :mod:`malora_dist.metrics.report_file`.
 """
 
 from __future__ import annotations
@@ -24,10 +16,7 @@ from typing import Any, Self
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
 from malora_dist.metrics.loggers.base import LOGGERS, Logger, Metrics, RunDescription
-
-FILE_NAME = "metrics.jsonl"
-#: Raised when a reader of the former format would misread the new one.
-VERSION = 1
+from malora_dist.metrics.report_file import FILE_NAME, VERSION
 
 
 @LOGGERS.register("jsonl")
