@@ -24,7 +24,7 @@ from malora_dist.hf.export import write_peft_adapter
 from malora_dist.hf.keys import TensorKey
 from malora_dist.inspection.geometry import Geometry, geometry_of
 from malora_dist.inspection.page import Colouring, render
-from malora_dist.inspection.report import LAYOUT, PAGE, Request, inspect_adapter
+from malora_dist.inspection.report import LAYOUT, PAGE, Request, inspect_adapter, write_report
 from malora_dist.inspection.routing import ColouredSample, Samples, Token, pieces, route_samples
 from malora_dist.inspection.sections import Section, effective_rank
 from malora_dist.inspection.sizes import size_table
@@ -316,33 +316,29 @@ def check_page(file: Path) -> Page:
     return page
 
 
-def test_checkpoint_and_peft_adapter_give_the_same_page(
+def test_checkpoint_and_peft_adapter_give_the_same_numbers(
     adapter: Callable[..., Path], llama_dir: Path, task_files: list[Path], tmp_path: Path
 ) -> None:
+    """And the page of one of them is whole."""
     spec, fingerprint = spec_of("malora"), fingerprint_hf(llama_dir)
     save = tmp_path / "save"
     write_adapter_weights(save, AdapterWeights(spec, tensors_of(spec), str(llama_dir), fingerprint, 70))
     samples = Samples(per_task=6, shown=1)
-    found = [
-        inspect_adapter(Request(path, out, llama_dir, task_files, samples), quiet)
-        for path, out in ((save, None), (adapter("malora", base=fingerprint), tmp_path / "out"))
-    ]
+    requests = [Request(path, None, llama_dir, task_files, samples) for path in (save, adapter(base=fingerprint))]
+    inspections = [inspect_adapter(request, quiet) for request in requests]
+    found = [inspection.numbers for inspection in inspections]
     assert (found[0]["adapter"].pop("Iteration"), found[0]["adapter"].pop("Files")[:9]) == ("70", "verified:")
     for one in found:
         assert one.pop("adapter")["Base"] == str(llama_dir)
     assert found[0] == found[1]
     json.dumps(found[0], allow_nan=False)
     assert found[0]["routing"]["tasks"]["add"]["samples"] == 6
-    written = tmp_path / "save-inspection"
-    assert {file.name for file in written.iterdir()} == LAYOUT == {file.name for file in (tmp_path / "out").iterdir()}
-    page = check_page(written / PAGE)
-    assert page.tags.count("img") == len(LAYOUT) - 1
-    text = (written / PAGE).read_text(encoding="utf-8")
-    assert "Token by token" in text
-    assert 'class="token e' in text
-    inspect_adapter(Request(save, hf_model=llama_dir), quiet)  # again, in place of its own result
-    assert "add --data" not in check_page(written / PAGE).tags
-    assert not (written / "routing_layers.png").exists()
+
+    page = write_report(requests[0], inspections[0], quiet)
+    assert page == tmp_path / "save-inspection" / PAGE
+    assert {file.name for file in page.parent.iterdir()} == LAYOUT
+    assert check_page(page).tags.count("img") == len(LAYOUT) - 1
+    assert 'class="token e' in page.read_text(encoding="utf-8")
 
 
 class Nonlinear(ToyWide):
@@ -351,12 +347,18 @@ class Nonlinear(ToyWide):
 
 @pytest.mark.parametrize("method", ["dora", "nonlinear"])
 def test_what_makes_no_sense_is_left_out_and_told(method: str, tmp_path: Path) -> None:
+    """Also: an earlier result is replaced, with nothing left of it."""
+    (tmp_path / "peft-inspection").mkdir()
+    (tmp_path / "peft-inspection" / "routing_layers.png").touch()
+    request = Request(tmp_path / "peft")
     with METHODS.registered(nonlinear=Nonlinear):
         spec = spec_of(method)
         write_peft_adapter(tmp_path / "peft", spec, tensors_of(spec), "some/base", "")
-        numbers = inspect_adapter(Request(tmp_path / "peft"), quiet)
-    text = (tmp_path / "peft-inspection" / PAGE).read_text(encoding="utf-8")
-    check_page(tmp_path / "peft-inspection" / PAGE)
+        inspection = inspect_adapter(request, quiet)
+    page = write_report(request, inspection, quiet)
+    check_page(page)
+    assert not (page.parent / "routing_layers.png").exists()
+    numbers, text = inspection.numbers, page.read_text(encoding="utf-8")
     assert numbers["similarity"] == numbers["routing"] == {}
     if method == "dora":
         assert "dora has no router" in text
@@ -372,7 +374,7 @@ def test_text_of_others_is_escaped(tmp_path: Path) -> None:
     token = Token(evil, ((0, 1.0),), False)
     colouring = Colouring(0, "q_proj", evil, [1.0], [ColouredSample(evil, evil, [token])])
     sections = [Section("sizes", evil, evil, left_out=[evil])]
-    (tmp_path / PAGE).write_text(render(evil, {evil: evil}, [evil], sections, colouring, {evil: evil}))
+    (tmp_path / PAGE).write_text(render(evil, {evil: evil}, [evil], sections, {}, colouring, {evil: evil}))
     assert "img" not in check_page(tmp_path / PAGE).tags
 
 
@@ -404,6 +406,13 @@ def test_errors_are_one_line(
     assert "name the adapter's base with --hf-model" in fails(path, "--data", task_files[0])
     with_data = ("--hf-model", llama_dir, "--data", task_files[0])
     assert "was trained on" in fails(path, *with_data)
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((llama_dir / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert "has a down_proj of 64 -> 32, the adapter one of 48 -> 32" in fails(path, "--hf-model", other)
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    assert "has 3 layers, the adapter 2" in fails(path, "--hf-model", other)
     assert "--layer=0: names half of a site" in fails(path, *with_data, "--layer", 0)
     assert "--layer=7: must lie in [0, 1]" in fails(path, *with_data, "--layer", 7, "--projection", "q_proj")
     assert "--projection='o_proj': must be one of" in fails(path, *with_data, "--layer", 0, "--projection", "o_proj")

@@ -11,6 +11,7 @@ other methods. With --hf-model and --data also which task takes which experts, a
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from malora_dist.errors import ConfigError, exit_on_user_error
 from malora_dist.files import path_argument
-from malora_dist.inspection.report import PAGE, Request, inspect_adapter, write_json
+from malora_dist.inspection.report import Request, inspect_adapter, write_report
 from malora_dist.inspection.routing import Samples
 
 
@@ -79,10 +80,11 @@ def main() -> None:
 
     samples = Samples(args.samples, args.seq_length, args.show, args.batch_size)
     request = Request(args.adapter, args.out, args.hf_model, args.data, samples, args.layer, args.projection)
-    numbers = inspect_adapter(request, tracked)
+    inspection = inspect_adapter(request, tracked)
+    page = write_report(request, inspection, tracked)
     if args.json is not None:
-        write_json(args.json, numbers)
-    print(f"written: {request.target / PAGE}")
+        args.json.write_text(json.dumps(inspection.numbers, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from malora_dist import __version__
+from malora_dist.inspection.pictures import Images
 from malora_dist.inspection.routing import ColouredSample, Routed
 from malora_dist.inspection.sections import Section
 
@@ -53,6 +54,7 @@ def render(
     facts: Mapping[str, str],
     notes: Sequence[str],
     sections: Sequence[Section],
+    images: Mapping[str, Images],
     colouring: Colouring | None,
     config: Mapping[str, Any],
 ) -> str:
@@ -60,6 +62,7 @@ def render(
 
     Args:
         facts: what the adapter is, in short.
+        images: of the sections' pictures, by name.
         config: all settings.
     """
     environment = Environment(
@@ -69,17 +72,17 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["data_uri"] = data_uri
+    environment.filters |= {"data_uri": data_uri, "basename": os.path.basename}
     count = len(colouring.shares) if colouring else 0
     return environment.get_template("page.html.jinja").render(
         title=title,
         facts=facts,
         notes=notes,
         sections=sections,
+        images=images,
         colouring=colouring,
         hues=[hue_of(expert, count) for expert in range(count)],
         config=config,
-        version=__version__,
     )
 
 

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -39,9 +39,9 @@ class Picture:
     """A picture and what a reader needs.
 
     Attributes:
-        name: of its PNG file, and of its figures in JSON.
+        name: of its PNG file.
         reading: a sentence that says how to read it.
-        light, dark: PNG files.
+        draw: makes it, in the colours that matplotlib is set to.
     """
 
     name: str
@@ -49,19 +49,26 @@ class Picture:
     alt: str
     reading: str
     table: Table
+    draw: Callable[[], Figure]
+
+
+class Images(NamedTuple):
+    """A picture as PNG files for a light and for a dark screen."""
+
     light: bytes
     dark: bytes
 
 
-def picture(name: str, title: str, alt: str, reading: str, table: Table, draw: Callable[[], Figure]) -> Picture:
-    """Draw it in both schemes."""
+def images_of(picture: Picture) -> Images:
+    """Draw it in both schemes, whatever the user's matplotlibrc says."""
     images = []
     for scheme in (_LIGHT, _DARK):
-        with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, **scheme}):  # whatever the user's matplotlibrc says
+        settings: Any = {**mpl.rcParamsDefault, **_STYLE, **scheme}
+        with mpl.rc_context(settings):
             stream = io.BytesIO()
-            draw().savefig(stream, format="png", dpi=_DPI)
+            picture.draw().savefig(stream, format="png", dpi=_DPI)
             images.append(stream.getvalue())
-    return Picture(name, title, alt, reading, table, *images)
+    return Images(*images)
 
 
 def heatmaps(

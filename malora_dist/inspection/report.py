@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,12 @@ from typing import Any
 
 from malora_dist.checkpoint.base import staged_directory
 from malora_dist.errors import CheckpointError, ConfigError
-from malora_dist.families.base import family_of
+from malora_dist.families.base import family_of, projection_widths
 from malora_dist.families.shapes import base_parameters
 from malora_dist.files import check_replaceable, resolved
 from malora_dist.inspection.geometry import geometry_of
 from malora_dist.inspection.page import colouring_of, render
+from malora_dist.inspection.pictures import images_of
 from malora_dist.inspection.routing import Routed, Samples, Site, Track, check_site, route_samples
 from malora_dist.inspection.sections import (
     Section,
@@ -89,25 +89,37 @@ class Request:
         return None if self.layer is None or self.projection is None else (self.layer, self.projection)
 
 
-def inspect_adapter(request: Request, track: Track) -> dict[str, Any]:
-    """Write the pictures and the page into ``request.target``.
+@dataclass(frozen=True)
+class Inspection:
+    """An adapter and all that is found out about it; nothing is drawn yet."""
+
+    adapter: Adapter
+    facts: Mapping[str, str]
+    sections: Sequence[Section]
+    routed: Routed | None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """All numbers, ready for JSON."""
+        about = {**self.facts, "settings": self.adapter.spec.adapter_fields()}
+        return plain({"adapter": about, **{section.name: section.numbers for section in self.sections}})
+
+
+def inspect_adapter(request: Request, track: Track) -> Inspection:
+    """Find it all out.
 
     Args:
         track: shows how far a loop has come: (sequence, what it does) -> its items.
-
-    Returns:
-        all numbers, ready for JSON.
 
     Raises:
         MaloraError: what is asked for cannot be read, does not fit together, or the target holds something else.
     """
     request.check()
-    target = request.target
-    check_replaceable(target, LAYOUT, also_part=True)
+    check_replaceable(request.target, LAYOUT, also_part=True)
     adapter = read_adapter(request.path)
     if request.site is not None:
         check_site(adapter, request.site)
-    base = None if request.hf_model is None else base_parameters(family_of(request.hf_model).hf)
+    base = None if request.hf_model is None else base_size(adapter, request.hf_model)
     geometry = geometry_of(adapter, lambda sites: track(sites, "compare experts"))
     routed = _route(adapter, request, track)
     sections = [
@@ -117,16 +129,33 @@ def inspect_adapter(request: Request, track: Track) -> dict[str, Any]:
         norms_section(adapter, geometry),
         size_section(adapter, size_table(adapter), base),
     ]
-    facts = facts_of(adapter, base)
+    return Inspection(adapter, facts_of(adapter, base), sections, routed if isinstance(routed, Routed) else None)
+
+
+def write_report(request: Request, inspection: Inspection, track: Track) -> Path:
+    """Draw the pictures and write them and the page; its path.
+
+    Raises:
+        CheckpointError: ``request.target`` cannot be written, or holds something else.
+    """
+    adapter, sections, routed = inspection.adapter, inspection.sections, inspection.routed
+    pictures = [picture for section in sections for picture in section.pictures]
+    images = {picture.name: images_of(picture) for picture in track(pictures, "draw")}
     colouring = None
-    if isinstance(routed, Routed):
+    if routed is not None:
         colouring = colouring_of(routed, adapter.spec.projections, request.site is not None)
     config = adapter.run or adapter.spec.adapter_fields()
     title = f"{adapter.spec.method} in {_place(request.path)}"
-    page = render(title, facts, adapter.notes, sections, colouring, config)
-    _write(target, sections, page)
-    numbers = {section.name: section.numbers for section in sections}
-    return plain({"adapter": {**facts, "settings": adapter.spec.adapter_fields()}, **numbers})
+    page = render(title, inspection.facts, adapter.notes, sections, images, colouring, config)
+    target = request.target
+    try:
+        with staged_directory(target, LAYOUT, also_part=True) as staging:
+            for name, image in images.items():
+                (staging / f"{name}.png").write_bytes(image.light)
+            (staging / PAGE).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); name another with --out") from error
+    return target / PAGE
 
 
 def _route(adapter: Adapter, request: Request, track: Track) -> Routed | str:
@@ -135,6 +164,23 @@ def _route(adapter: Adapter, request: Request, track: Track) -> Routed | str:
     if not request.data or request.hf_model is None:
         return "Left out: routing needs tokens; name the base with --hf-model DIR and samples with --data FILE..."
     return route_samples(adapter, request.hf_model, request.data, request.samples, request.site, track)
+
+
+def base_size(adapter: Adapter, hf_model: Path) -> int:
+    """Parameters of the base.
+
+    Raises:
+        CheckpointError: the adapter does not fit it.
+    """
+    hf = family_of(hf_model).hf
+    if hf.num_hidden_layers != adapter.num_layers:
+        what = f"{hf.num_hidden_layers} layers, the adapter {adapter.num_layers}"
+        raise CheckpointError(f"--hf-model {hf_model}: has {what}; name the base it was trained on")
+    for projection, widths in adapter.widths.items():
+        if (found := projection_widths(hf)[projection]) != widths:
+            what = "{} of {} -> {}, the adapter one of {} -> {}".format(projection, *found, *widths)
+            raise CheckpointError(f"--hf-model {hf_model}: has a {what}; name the base it was trained on")
+    return base_parameters(hf)
 
 
 def facts_of(adapter: Adapter, base_parameters: int | None) -> dict[str, str]:
@@ -173,17 +219,6 @@ def _place(path: Path) -> str:
     return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
 
 
-def _write(target: Path, sections: Sequence[Section], page: str) -> None:
-    try:
-        with staged_directory(target, LAYOUT, also_part=True) as staging:
-            for section in sections:
-                for picture in section.pictures:
-                    (staging / f"{picture.name}.png").write_bytes(picture.light)
-            (staging / PAGE).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written ({error.strerror}); name another with --out") from error
-
-
 def plain(value: Any) -> Any:
     """What JSON knows: arrays as lists, NaN as null."""
     if isinstance(value, Mapping):
@@ -195,8 +230,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value
-
-
-def write_json(file: Path, numbers: Mapping[str, Any]) -> None:
-    """Write the numbers of :func:`inspect_adapter`."""
-    file.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -266,7 +266,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list
     """
     found, before = [], ""
     for end in range(1, len(token_ids) + 1):
-        text = tokenizer.decode(token_ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(list(token_ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(token_ids):
             found.append("")  # the first bytes of a character: the token that ends it shows it

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from malora_dist.inspection.geometry import Geometry, Likeness, mean_of
-from malora_dist.inspection.pictures import Picture, Table, curves, heatmaps, picture
+from malora_dist.inspection.pictures import Picture, Table, curves, heatmaps
 from malora_dist.inspection.routing import Routed
 from malora_dist.inspection.sizes import Row
 from malora_dist.inspection.source import Adapter
@@ -52,7 +52,7 @@ def likeness_section(adapter: Adapter, geometry: Geometry | None) -> Section:
         panels = {_SIDES[side][0]: likeness.means for side, likeness in geometry.likeness.items()}
         table = _by_layer(adapter, list(panels), np.stack(list(panels.values()), axis=-1))
         pictures.append(
-            picture(
+            Picture(
                 "similarity_layers",
                 "Similarity by layer",
                 "Heatmap of the mean similarity of two experts, layers by projections.",
@@ -84,7 +84,7 @@ def _pairs_picture(adapter: Adapter, side: str, likeness: Likeness) -> Picture:
             "only more than that was learned."
         )
     rows = [[p, _text(by_projection[i]), _text(chances[i])] for i, p in enumerate(names)]
-    return picture(
+    return Picture(
         f"similarity_{side}",
         f"Similarity of the {what}, mean over the layers",
         f"Heatmaps, one per projection, of the similarity of every two experts' {what}; the table has their means.",
@@ -116,7 +116,7 @@ def spectra_section(adapter: Adapter, geometry: Geometry | None) -> Section:
         for what, lines in panels.items()
         for projection, sigma in lines.items()
     ]
-    shown = picture(
+    shown = Picture(
         "singular_values",
         "Singular values of the stacked experts",
         "Curves of the singular values of the stacked down-projections and of the stacked B, a line per projection.",
@@ -155,7 +155,7 @@ def norms_section(adapter: Adapter, geometry: Geometry | None) -> Section:
     )
     if adapter.method.has_output():
         reading += f" {adapter.spec.method} rescales the sum of base and adapter afterwards, which is not in it."
-    shown = picture(
+    shown = Picture(
         "norms",
         "Norm of what is added to each linear",
         f"Heatmaps of the norm of what each expert adds, {'experts' if x else 'projections'} by layers.",
@@ -177,7 +177,7 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
     topk = adapter.spec.topk
     even = f"An even router gives each expert {1 / count:.1%}."
     pictures = [
-        picture(
+        Picture(
             "routing_layers",
             "Share of the slots that each expert takes, by layer",
             "Heatmaps of the share of token slots per expert, layers by experts, one per projection.",
@@ -190,7 +190,7 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
     by_task = routed.shares.mean(axis=1)  # [tasks, projections, N]
     rows = [[t, p, *map(_text, by_task[j, i])] for i, p in enumerate(names) for j, t in enumerate(tasks)]
     pictures.append(
-        picture(
+        Picture(
             "routing_tasks",
             "Share of the slots that each expert takes, by task",
             "Heatmaps of the share of token slots per expert, tasks by experts, one per projection, mean over layers.",
@@ -218,7 +218,7 @@ def _information_picture(adapter: Adapter, routed: Routed) -> Picture:
     names, bits = adapter.spec.projections, routed.information
     most = math.log2(min(len(routed.tasks), adapter.method.num_experts))
     layer, projection = np.unravel_index(int(bits.argmax()), bits.shape)
-    return picture(
+    return Picture(
         "information",
         "How far routing separates the tasks",
         "Heatmap of the mutual information of task and expert in bits, layers by projections.",
@@ -305,9 +305,3 @@ def _cut(names: Sequence[str], length: int = 14) -> list[str]:
 
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
-
-
-def picture_names(sections: Sequence[Section]) -> Iterator[Picture]:
-    """All pictures in order."""
-    for section in sections:
-        yield from section.pictures

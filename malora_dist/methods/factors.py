@@ -18,7 +18,8 @@ from torch import Tensor
 from malora_dist.methods.base import Method
 
 #: Of the small random instance that shows whether a method is what its axes say.
-_ROWS, _WIDTH = 3, 8
+_ROWS = 3
+_WIDTH = 8
 
 
 class Factors(NamedTuple):
