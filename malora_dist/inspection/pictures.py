@@ -62,12 +62,19 @@ class Images(NamedTuple):
 def images_of(picture: Picture) -> Images:
     """Draw it in both schemes, whatever the user's matplotlibrc says."""
     images = []
+    first: Figure | None = None
     for scheme in (_LIGHT, _DARK):
         settings: Any = {**mpl.rcParamsDefault, **_STYLE, **scheme}
         with mpl.rc_context(settings):
+            figure = picture.draw()
+            if first is not None:  # finding the places of all axes takes as long as drawing
+                figure.set_layout_engine("none")
+                for axis, placed in zip(figure.axes, first.axes, strict=True):
+                    axis.set_position(placed.get_position())
             stream = io.BytesIO()
-            picture.draw().savefig(stream, format="png", dpi=_DPI)
+            figure.savefig(stream, format="png", dpi=_DPI)
             images.append(stream.getvalue())
+            first = figure
     return Images(*images)
 
 

@@ -92,6 +92,11 @@ class Routed:
         return information_of(self.slots)
 
     @property
+    def telling(self) -> np.ndarray:
+        """What chooses a site: the above, or of one task how uneven its routing is. [layers, projections]"""
+        return telling_of(self.slots)
+
+    @property
     def shares(self) -> np.ndarray:
         """Of each task's slots, those that went to each expert. [tasks, layers, projections, N]"""
         return self.slots / self.slots.sum(axis=-1, keepdims=True)
@@ -100,6 +105,14 @@ class Routed:
 def information_of(slots: np.ndarray) -> np.ndarray:
     """I(task; expert) in bits of slots [tasks, layers, projections, N]. [layers, projections]"""
     return mutual_information(torch.from_numpy(np.moveaxis(slots, 0, -2))).numpy()
+
+
+def telling_of(slots: np.ndarray) -> np.ndarray:
+    """How much a site's routing has to tell, of slots [tasks, layers, projections, N]. [layers, projections]"""
+    if len(slots) > 1:
+        return information_of(slots)
+    shares = slots[0] / slots[0].sum(axis=-1, keepdims=True)
+    return np.square(shares).sum(axis=-1)
 
 
 def route_samples(
@@ -182,11 +195,7 @@ def most_telling(adapter: Adapter, slots: np.ndarray) -> Site:
     Args:
         slots: [tasks, layers, projections, N]
     """
-    if len(slots) > 1:
-        score = information_of(slots)
-    else:
-        shares = slots[0] / slots[0].sum(axis=-1, keepdims=True)
-        score = np.square(shares).sum(axis=-1)
+    score = telling_of(slots)
     layer, projection = np.unravel_index(int(score.argmax()), score.shape)
     return int(layer), adapter.spec.projections[int(projection)]
 

@@ -176,6 +176,7 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
     columns = [f"expert {e}" for e in range(count)]
     topk = adapter.spec.topk
     even = f"An even router gives each expert {1 / count:.1%}."
+    top = max(2 / count, float(shares.max()))  # even is at most half as bright as it gets
     pictures = [
         Picture(
             "routing_layers",
@@ -184,23 +185,12 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
             f"Every token has {topk} slot{'s' * (topk > 1)}, every task the same weight. {even} A bright column: the "
             "expert takes most tokens; a black one: it starves.",
             _by_layer(adapter, columns, shares),
-            lambda: heatmaps({p: shares[:, i] for i, p in enumerate(names)}, "expert", "layer", "share of slots"),
-        )
-    ]
-    by_task = routed.shares.mean(axis=1)  # [tasks, projections, N]
-    rows = [[t, p, *map(_text, by_task[j, i])] for i, p in enumerate(names) for j, t in enumerate(tasks)]
-    pictures.append(
-        Picture(
-            "routing_tasks",
-            "Share of the slots that each expert takes, by task",
-            "Heatmaps of the share of token slots per expert, tasks by experts, one per projection, mean over layers.",
-            "Mean over the layers. Rows that differ: routing tells the tasks apart; equal rows: it does not.",
-            Table(["task", "projection", *columns], rows),
             lambda: heatmaps(
-                {p: by_task[:, i] for i, p in enumerate(names)}, "expert", "", "share of slots", row_names=_cut(tasks)
+                {p: shares[:, i] for i, p in enumerate(names)}, "expert", "layer", "share of slots", (0.0, top)
             ),
         )
-    )
+    ]
+    pictures.append(_tasks_picture(adapter, routed))
     if len(tasks) > 1:
         pictures.append(_information_picture(adapter, routed))
     samples = ", ".join(f"{name} ({n} samples, {tokens:,} tokens)" for name, (n, tokens) in routed.tasks.items())
@@ -210,8 +200,34 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
         "mutual_information_bits": routed.information,
         "site": routed.site,
     }
-    intro = f"One forward pass over {samples}."
+    intro = (
+        f"One forward pass over {samples}. The table has means over the layers: the slots of the busiest expert over the "
+        "mean, the number of experts in effect (exp of the entropy) of all, those with less than a tenth of the mean, and "
+        "what the expert tells of the task."
+    )
     return Section("routing", title, intro, pictures, _balance_table(adapter, routed), numbers=numbers)
+
+
+def _tasks_picture(adapter: Adapter, routed: Routed) -> Picture:
+    """Of one layer each: the numbers of experts mean something in their own layer only."""
+    tasks, telling = list(routed.tasks), routed.telling
+    panels = {
+        f"{p}, layer {layer}": routed.shares[:, layer, i]
+        for i, (p, layer) in enumerate(zip(adapter.spec.projections, telling.argmax(axis=0).tolist(), strict=True))
+    }
+    top = max(2 / adapter.method.num_experts, *(float(values.max()) for values in panels.values()))
+    which = "routing tells most of the task" if len(tasks) > 1 else "routing is least even"
+    columns = [f"expert {e}" for e in range(adapter.method.num_experts)]
+    rows = [[t, p, *map(_text, values[j])] for p, values in panels.items() for j, t in enumerate(tasks)]
+    return Picture(
+        "routing_tasks",
+        "Share of the slots that each expert takes, by task",
+        "Heatmaps of the share of token slots per expert, tasks by experts, one per projection.",
+        f"Of every projection the layer where {which}. Rows that differ: routing tells the tasks apart; equal rows: it "
+        "does not.",
+        Table(["task", "where", *columns], rows),
+        lambda: heatmaps(panels, "expert", "", "share of slots", (0.0, top), row_names=_cut(tasks)),
+    )
 
 
 def _information_picture(adapter: Adapter, routed: Routed) -> Picture:
