@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from malora_dist.inspection.sections import Section, effective_rank
 from malora_dist.inspection.sizes import size_table
 from malora_dist.inspection.source import read_adapter
 from malora_dist.inspection.subspaces import basis, overlap, spectrum
-from malora_dist.methods.base import METHODS
+from malora_dist.methods.base import METHODS, Param
 from malora_dist.methods.factors import product_norms, two_factors
+from malora_dist.methods.malora import Malora
 from malora_dist.methods.routing import mutual_information
 from malora_dist.methods.spec import AdapterSpec
 from tests.hf_models import PARAMETERS, STOCK, expert_matrix
@@ -126,6 +127,23 @@ def test_factors_are_what_an_expert_multiplies_with(method: str) -> None:
         expected = p["B"] @ p["A"] if method in STOCK else expert_matrix(method, p, e)
         torch.testing.assert_close(matrices.up[e].t() @ matrices.down[e], expected)
         assert float(norms[e]) == pytest.approx(float(expected.norm()))
+
+
+class Turned(Malora):
+    """MALoRA with P_t kept the other way round."""
+
+    P = Param("expert", "shared", "rank")
+
+    def expert(self, p: Mapping[str, Tensor], z_TD: Tensor) -> Tensor:
+        return z_TD @ p["P"] @ p["B"].t()
+
+
+def test_factors_have_a_parameter_the_way_it_is_declared() -> None:
+    method = Turned(spec_of("malora"))
+    p = {name: torch.randn(method.shape(name, 16, 24), dtype=torch.float64) for name in method.parameters}
+    factors = two_factors(method)
+    assert factors is not None
+    torch.testing.assert_close(factors.of(p).down, p["P"].mT @ p["S"])
 
 
 def test_every_method_has_factors_and_one_that_is_no_product_has_none() -> None:

@@ -201,9 +201,9 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
         "site": routed.site,
     }
     intro = (
-        f"One forward pass over {samples}. The table has means over the layers: the slots of the busiest expert over the "
-        "mean, the number of experts in effect (exp of the entropy) of all, those with less than a tenth of the mean, and "
-        "what the expert tells of the task."
+        f"One forward pass over {samples}. The table has means over the layers: the slots of the busiest expert over "
+        "the mean, the number of experts in effect (exp of the entropy) of all, those with less than a tenth of the "
+        "mean, and what the expert tells of the task."
     )
     return Section("routing", title, intro, pictures, _balance_table(adapter, routed), numbers=numbers)
 
