@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["malora_dist", "malora_dist.*"]),
-    package_data={"malora_dist": ["py.typed"]},
+    package_data={"malora_dist": ["py.typed"], "malora_dist.inspection": ["*.jinja"]},
     python_requires=">=3.11,<3.13",
     install_requires=[
         "torch>=2.10",

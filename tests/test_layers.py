@@ -52,6 +52,7 @@ LAYERS = {
         megatron=True,
     ),
     "hf": Layer("errors files methods config_sections config kernels data pretrained"),
+    "inspection": Layer("errors files methods config families data checkpoint hf"),
     "launch": Layer("errors exit_codes parallel"),
     "train": Layer("errors files config_file parallel exchange training"),
 }

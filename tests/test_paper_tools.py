@@ -306,25 +306,6 @@ def test_a_missing_data_set_is_named(paper: Any, source: Path, tmp_path: Path) -
 # ---- subspaces.py
 
 
-def test_overlap_of_spaces(paper: Any) -> None:
-    """Of the planes xy and xz of three dimensions: one common direction of two."""
-    xy, xz = torch.tensor([[1.0, 0, 0], [1, 2, 0]]), torch.tensor([[1.0, 0, 0], [0, 0, 5]])
-    basis, overlap = paper.subspaces.basis, paper.subspaces.overlap
-    assert overlap(basis(xy), basis(xz)) == pytest.approx((0.5, 2 / 3))
-    assert overlap(basis(xy), basis(xy[:1])) == pytest.approx((1.0, 2 / 3))
-    assert basis(torch.tensor([[1.0, 1], [2, 2]])).shape == (1, 2)
-    assert math.isnan(overlap(basis(xy), basis(torch.zeros(2, 3))).found)
-
-
-def test_random_spaces_overlap_by_chance(paper: Any) -> None:
-    torch.manual_seed(1)
-    found = [
-        paper.subspaces.overlap(*(paper.subspaces.basis(torch.randn(rank, 32)) for rank in (3, 5))) for _ in range(300)
-    ]
-    assert np.mean([one.found for one in found]) == pytest.approx(found[0].by_chance, abs=0.01)
-    assert found[0].by_chance == 5 / 32
-
-
 def test_what_was_learned_is_what_the_start_does_not_explain(paper: Any) -> None:
     torch.manual_seed(1)
     start, direction = torch.randn(2, 3, 16), torch.zeros(2, 3, 16)
@@ -333,8 +314,6 @@ def test_what_was_learned_is_what_the_start_does_not_explain(paper: Any) -> None
     assert decayed.learned_share < 1e-12
     moved = paper.subspaces.Factors(0.9 * start + 100 * direction, start, start, shared=None)
     assert moved.learned_share > 0.9
-    (singular,) = {tuple(paper.subspaces.spectrum(torch.eye(6).view(2, 3, 6)).tolist())}
-    assert singular == pytest.approx((1.0,) * 6)
 
 
 # ---- sweep.py

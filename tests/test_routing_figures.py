@@ -9,11 +9,11 @@ import torch
 
 from malora_dist.config import Config
 from malora_dist.layers.routing_context import SiteStatistics
+from malora_dist.methods.routing import mutual_information
 from malora_dist.metrics.routing import (
     RoutingReport,
     effective_share,
     max_over_mean,
-    task_information,
     variation,
 )
 
@@ -44,12 +44,13 @@ def test_balance(load: list[float], largest: float, spread: float, effective: fl
         ([[8.0, 0.0, 0.0, 0.0], [0.0, 8.0, 0.0, 0.0]], 1.0),  # each task has an expert to itself
         ([[8.0, 8.0, 0.0, 0.0], [0.0, 0.0, 8.0, 8.0]], 1.0),
         ([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]], 0.5),
-        ([[9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]], 2 - 0.75 * math.log2(3)),  # the entropy of the tasks
+        ([[9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 3.0]], 1.0),  # tasks count alike, however many tokens they have
+        ([ALL_ON_ONE, EVEN], 0.5 * (math.log2(1 / 0.625) + 0.25 * math.log2(0.25 / 0.625) + 0.75 * 1.0)),
         ([NONE, NONE], 0.0),
     ],
 )
-def test_task_information(counts: list[list[float]], bits: float) -> None:
-    assert task_information(torch.tensor(counts, dtype=torch.float64)) == pytest.approx(bits, abs=1e-12)
+def test_mutual_information(counts: list[list[float]], bits: float) -> None:
+    assert mutual_information(torch.tensor(counts, dtype=torch.float64)) == pytest.approx(bits, abs=1e-12)
 
 
 def statistics(counts: list[list[float]]) -> SiteStatistics:

@@ -154,23 +154,28 @@ def copy_hf_files(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged_directory(target: Path, layout: Collection[str] = ()) -> Iterator[Path]:
+def staged_directory(target: Path, layout: Collection[str] = (), also_part: bool = False) -> Iterator[Path]:
     """A new directory that takes the place of `target` when the block ends, and is removed if it raises.
 
     Args:
         layout: names that make up an earlier result, which may be replaced when all of them and
             nothing else is there.
+        also_part: a part of them is an earlier result, too; such a result has no manifest.
 
     Raises:
         CheckpointError: `target` holds anything else, or is a place that is never replaced.
     """
     target = resolved(target)
-    check_replaceable(target, _layout_of(target, layout))
+
+    def check() -> None:
+        check_replaceable(target, layout if also_part else _layout_of(target, layout), also_part)
+
+    check()
     staging = target.with_name(f".{target.name}.{os.getpid()}.partial")
     staging.mkdir(parents=True)
     try:
         yield staging
-        check_replaceable(target, _layout_of(target, layout))  # again, since that may have taken hours
+        check()  # again, since that may have taken hours
         put_in_place(staging, target)
         sync(target.parent)
     finally:

@@ -198,6 +198,7 @@ class AdapterWeights:
     Attributes:
         tensors: {(0-based layer, Hugging Face projection, parameter name): tensor}, shapes as
             ``Method.shape``.
+        directory: the `iter_*` directory it was read from.
     """
 
     spec: AdapterSpec
@@ -205,6 +206,7 @@ class AdapterWeights:
     base_model_name_or_path: str
     base_fingerprint: str
     iteration: int
+    directory: Path = Path()
 
 
 def read_adapter_weights(save_dir: Path, tell: Callable[[str], None] = print) -> AdapterWeights:
@@ -238,7 +240,8 @@ def read_adapter_weights(save_dir: Path, tell: Callable[[str], None] = print) ->
                 "use a checkpoint that training wrote"
             )
         tensors |= {(layer, p, name): tensor for layer, tensor in enumerate(stacked) for p in projections}
-    return AdapterWeights(info.spec, tensors, info.base_name_or_path, info.base_fingerprint, info.iteration)
+    origin = info.base_name_or_path, info.base_fingerprint
+    return AdapterWeights(info.spec, tensors, *origin, info.iteration, directory)
 
 
 def stored_parameters(spec: AdapterSpec) -> dict[str, tuple[str, tuple[str, ...]]]:

@@ -236,7 +236,7 @@ def _answer_start(tokens: TokenizedExample) -> int:
     return start
 
 
-def _load_tasks(
+def load_tasks(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_samples: int | None
 ) -> Iterator[tuple[str, list[Example]]]:
     stems = [path.stem for path in paths]
@@ -304,7 +304,7 @@ def main() -> None:
     base, tokenizer = load_base(arguments.hf_model)
     model: Any = base if arguments.adapter is None else load_adapter(base, arguments.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = dict(_load_tasks(arguments.data, tokenizer, arguments.max_samples))
+    tasks = dict(load_tasks(arguments.data, tokenizer, arguments.max_samples))
     scores: dict[str, dict[str, Score]] = {}
     for task, examples in tasks.items():
         scores[task] = {}

@@ -75,3 +75,22 @@ def load_balancing_loss(method: Method, slots_N: Tensor, prob_sums_N: Tensor) ->
     fraction_N = slots_N / slots
     mean_probs_N = prob_sums_N * (method.settings.topk / slots)
     return method.settings.aux_loss_coeff * method.num_experts * (fraction_N * mean_probs_N).sum(dim=-1)
+
+
+def mutual_information(slots_JN: Tensor) -> Tensor:
+    """How far routing tells tasks apart: I(task; expert) in bits, each task taken as often as any other. []
+
+    sum over tasks j and experts e of 1/J q_je log2(q_je / mean_j q_je), q_je the share of task j's slots that went to
+    e: 0 where all tasks are routed alike, at most log2 of the smaller number of tasks and experts. Tasks without a
+    slot are left out.
+
+    Args:
+        slots_JN: top-k slots that went to each expert, [..., J, N]; then the result is [...].
+    """
+    slots_J1 = slots_JN.double().sum(dim=-1, keepdim=True)
+    shares_JN = slots_JN / slots_J1.clamp(min=1)
+    counted_J1 = slots_J1 > 0
+    tasks = counted_J1.sum(dim=-2, keepdim=True).clamp(min=1)
+    mean_1N = shares_JN.sum(dim=-2, keepdim=True) / tasks
+    ratio_JN = torch.where(shares_JN > 0, shares_JN / mean_1N, 1.0)
+    return (shares_JN * ratio_JN.log2() / tasks).sum(dim=(-1, -2))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from malora_dist.config import Config
 from malora_dist.layers.routing_context import RoutingContext, SiteStatistics
+from malora_dist.methods.routing import mutual_information
 from malora_dist.metrics.loggers.base import Metrics, Table
 from malora_dist.parallel.topology import Topology
 
@@ -67,19 +68,6 @@ def effective_share(load_N: Tensor) -> float:
     return math.exp(-float(torch.xlogy(share_N, share_N).sum())) / len(load_N)
 
 
-def task_information(counts_JN: Tensor) -> float:
-    """Mutual information of a slot's task and its expert in bits, sum p(j, e) log2(p(j, e) / (p(j) p(e))).
-
-    0 where all tasks use the experts alike; at most the entropy of the tasks, and log2(N).
-    """
-    if not counts_JN.any():
-        return 0.0
-    joint_JN = counts_JN / counts_JN.sum()
-    independent_JN = joint_JN.sum(dim=1, keepdim=True) * joint_JN.sum(dim=0, keepdim=True)
-    used = joint_JN > 0
-    return max(float((joint_JN[used] * (joint_JN[used] / independent_JN[used]).log2()).sum()), 0.0)
-
-
 class RoutingReport:
     """What the statistics of a recorded step say.
 
@@ -108,7 +96,7 @@ class RoutingReport:
             return Metrics()
         loads = list(self._load_N.values())
         balances = torch.tensor([max_over_mean(load_N) for load_N in loads])
-        information = [task_information(counts_JN) for counts_JN in self.counts_JN.values()]
+        information = [float(mutual_information(counts_JN)) for counts_JN in self.counts_JN.values()]
         scalars = {tag: float(balances.quantile(q)) for tag, q in BALANCE_QUANTILES.items()}
         scalars |= {
             "malora/load variation": stats.fmean(variation(load_N) for load_N in loads),
@@ -156,7 +144,10 @@ class RoutingReport:
             of_tasks = torch.cat([_relative(self.counts_JN[site]) for site in sites.values()], dim=1)
             columns = [f"{layer}.{e}" for layer in layers for e in experts]
             tables[f"malora/load of tasks/{projection}"] = Table(self._task_names, columns, of_tasks.tolist())
-        bits = [[task_information(self.counts_JN[site]) for site in sites.values()] for sites in self._grid().values()]
+        bits = [
+            [float(mutual_information(self.counts_JN[site])) for site in sites.values()]
+            for sites in self._grid().values()
+        ]
         tables["malora/task information"] = Table(list(self._grid()), layers, bits)
         return tables
 

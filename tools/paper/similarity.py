@@ -4,7 +4,8 @@
 
 Compared are LoRAs of one task and different seeds, LoRAs of different tasks, and the experts of one MoLoRA or MALoRA
 that was trained on all tasks. The runs are those of inter_domain.py. After it, at the scale tiny, only MoLoRA and
-MALoRA are trained again, to keep their parameters; at the others the LoRAs too. The measure is R^2_CCA (subspaces.py).
+MALoRA are trained again, to keep their parameters; at the others the LoRAs too. The measure is R^2_CCA
+(malora_dist/inspection/subspaces.py).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from experiment import TARGETS, Cell, Domain, Run
 from report import COLOURS, Report
 from scales import paper_cells
 from study import Study, build_parser, settings
-from subspaces import Factors, Overlap, Site, basis, overlap, read_factors, spectrum
+from subspaces import Factors, Site, read_factors
 from torch import Tensor
 
 from malora_dist.errors import exit_on_user_error
+from malora_dist.inspection.subspaces import Overlap, basis, overlap, spectrum
 
 Adapter = Mapping[Site, Factors]
 #: What of an expert is compared: its name in the tables, and its matrix [experts, r, width].

@@ -1,0 +1,1 @@
+"""What the experts of a trained adapter do: figures, pictures and one HTML page (tools/inspect_adapter.py)."""
