@@ -10,9 +10,10 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 
 from malora_dist.metrics.history import HistoryReader
-from malora_dist.metrics.traffic import GROUPS
+from malora_dist.metrics.traffic import BUFFERS, GROUPS
 from malora_dist.metrics.watch import COMPUTE_TAG, TIME_REPORTS
 from malora_dist.parallel.timing import Spans
 from malora_dist.training.step_clock import _metrics
@@ -33,6 +34,13 @@ def test_a_span_inside_another_counts_once() -> None:
         with spans.span("optimizer"):
             pass
     assert spans.seconds() == {"optimizer": 5, "dp": 2, "tp": 4}
+
+
+def test_every_collective_is_watched() -> None:
+    """What returns a Work says so in the docstring that pybind makes; a callback is no collective."""
+    returning = {name for name in vars(ProcessGroup) if "-> c10d::Work" in (getattr(ProcessGroup, name).__doc__ or "")}
+    assert len(returning) > 20
+    assert returning - {"_register_on_completion_hook"} <= BUFFERS.keys()
 
 
 def test_shares() -> None:

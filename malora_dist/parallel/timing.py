@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch.distributed import Work
+from torch.distributed import ProcessGroup, Work
 
 
 class Spans:
@@ -57,16 +57,37 @@ class Spans:
         return event
 
 
+#: Called instead of a method of a process group: (group, method, arguments, what does it).
+Around = Callable[[ProcessGroup, str, tuple[Any, ...], Callable[[], Any]], Any]
+
+
 @contextlib.contextmanager
-def around_waits(around: Callable[[Work], AbstractContextManager[object]]) -> Iterator[None]:
-    """Inside, every wait of this process for a collective runs in ``around(work)``, also in backward."""
+def around_collectives(
+    methods: Iterable[str], around: Around, around_wait: Callable[[Work], AbstractContextManager[object]]
+) -> Iterator[None]:
+    """Inside, what process groups are asked for goes through ``around``, and waits run in ``around_wait(work)``.
+
+    Also in backward, on whatever thread that runs. Methods replaced for a while cost nothing elsewhere; a
+    TorchDispatchMode, which sees collectives too, would slow every operation of the step.
+
+    Args:
+        methods: of process groups; those that this torch does not have are left out.
+    """
     wait = vars(Work)["wait"]
 
-    def observed(work: Work, *args: Any, **kwargs: Any) -> Any:
-        with around(work):
+    def observed_wait(work: Work, *args: Any, **kwargs: Any) -> Any:
+        with around_wait(work):
             return wait(work, *args, **kwargs)
 
-    with replaced(Work, "wait", observed):
+    def observed(name: str) -> Callable[..., Any]:
+        method = vars(ProcessGroup)[name]
+        return lambda group, *args, **kwargs: around(group, name, args, lambda: method(group, *args, **kwargs))
+
+    with contextlib.ExitStack() as patches:
+        patches.enter_context(replaced(Work, "wait", observed_wait))
+        for name in methods:
+            if name in vars(ProcessGroup):
+                patches.enter_context(replaced(ProcessGroup, name, observed(name)))
         yield
 
 
