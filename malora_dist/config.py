@@ -42,6 +42,7 @@ class Config(AdapterSpec, ModelConfig, ParallelConfig, DataConfig, TrainConfig, 
         _check_recompute(self)
         _check_tasks(self)
         _check_training(self)
+        _check_profile(self)
 
     def data_parallel_size(self, world_size: int) -> int:
         """DP = world size / (TP * PP)."""
@@ -160,6 +161,17 @@ def _check_training(c: Config) -> None:
     _check_early_stopping(c)
     _require(not c.keep_best or c.eval_iters > 0, c, "keep_best", "needs evaluations", "set eval_iters=8")
     _require(not c.save_interval or bool(c.save), c, "save_interval", "has no effect without save", "set save=DIR")
+
+
+def _check_profile(c: Config) -> None:
+    steps = c.profile_steps
+    is_range = not steps or (len(steps) == 2 and steps[0] <= steps[1])
+    cure = "write for example [10,15]"
+    _require(is_range, c, "profile_steps", "must be two steps, the first one and the last one", cure)
+    has_place = bool(c.save or c.tensorboard_dir)
+    _require(
+        not steps or has_place, c, "profile_steps", "has no effect without save or tensorboard_dir", "set save=DIR"
+    )
 
 
 def _check_early_stopping(c: Config) -> None:

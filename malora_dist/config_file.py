@@ -33,6 +33,7 @@ _TYPES = {
     "bool": ("true or false", "true"),
     "str": ("a text", "'text'"),
     "list[str]": ("a list of names", "[q_proj,v_proj]"),
+    "list[int]": ("a list of whole numbers", "[10,15]"),
     "list[TaskConfig]": ("a list of tasks", "[{path: FILE}]"),
 }
 
@@ -134,7 +135,11 @@ def _assign(config: DictConfig, key: str, value: Any) -> None:
     kind = str(_find_field(config, key, value).type)
     rule, example = _TYPES[kind]
     try:
-        if kind == "list[str]" and isinstance(value, list) and any(isinstance(entry, list | dict) for entry in value):
+        if (
+            kind in ("list[str]", "list[int]")
+            and isinstance(value, list)
+            and any(isinstance(entry, list | dict) for entry in value)
+        ):
             raise ValidationError("a list in a list")  # which omegaconf lets pass
         OmegaConf.update(config, key, value)
     except (OmegaConfBaseException, OverflowError, RecursionError) as error:  # OverflowError: no float is so large

@@ -257,3 +257,17 @@ class LogConfig:
         100, "steps between pictures of the routing; 0: only at the end", minimum=0, cure="set 0 for the end only"
     )
     log_sites: bool = key(False, "also report load and entropy of every adapted projection by itself")
+    profile_steps: list[int] = key(
+        [],
+        "first and last step of a profile, which every rank writes to `profile` in tensorboard_dir or `save`; empty: "
+        "none",
+        minimum=1,
+        cure="write for example [10,15]",
+    )
+    device_peak_tflops: float = key(
+        0.0,
+        "dense TFLOP/s of a device at its best, which `mfu` is a share of; 0: of the data sheet, for devices whose "
+        "data sheet is known",
+        minimum=0,
+        cure="set 0 for that of the data sheet",
+    )

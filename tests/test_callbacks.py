@@ -15,6 +15,7 @@ from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.layers.routing_context import SiteStatistics
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.metrics.routing import RoutingReport
+from malora_dist.metrics.speed import Speed
 from malora_dist.metrics.watch import Watch
 from malora_dist.progress import Progress
 from malora_dist.training.best import Best
@@ -38,7 +39,7 @@ class Noting(Logger):
 
 def step(iteration: int, tokens: int = 100, seconds: float = 0.5) -> Step:
     losses = TaskMeans({"add": float(iteration)}, float(iteration))
-    return Step(iteration, losses, grad_norm=2.0, learning_rate=1e-3, tokens=tokens, seconds=seconds)
+    return Step(iteration, losses, grad_norm=2.0, learning_rate=1e-3, tokens=tokens, flops=4e12, seconds=seconds)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +79,12 @@ def test_log() -> None:
     config = Config(log_interval=2, train_iters=3, picture_interval=1, num_lora_experts=2, topk=1)
     zero = torch.zeros(())
     site = SiteStatistics(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), zero, zero, zero)
-    record = Record(RoutingReport({"layers.0.q_proj": site}, config, ["add"]), {"ep": 12})
-    log = Log(config, logger, lambda: record, Watch(config, [0]), Ending(3))
+    record = Record(
+        RoutingReport({"layers.0.q_proj": site}, config, ["add"]),
+        {"ep": 12},
+        Metrics({"time share/data": 0.1}, {"a": [2.0]}),
+    )
+    log = Log(config, logger, lambda: record, Speed(devices=2, peak_tflops=8.0), Watch(config, [0]), Ending(3))
     for i, (tokens, seconds) in enumerate([(100, 0.5), (300, 1.5), (80, 0.1)], start=1):
         assert log.wants_record(i) == (i > 1)
         log.after_step(step(i, tokens, seconds))
@@ -87,11 +92,12 @@ def test_log() -> None:
     assert (first, second) == (2, 3)
     expected = {
         "malora/bytes/ep": 12.0, "lm loss": 2.0, "lm loss/add": 2.0, "learning-rate": 1e-3, "grad-norm": 2.0,
-        "tokens-per-second": 200.0, "iteration-time": 1.0, "skipped-iterations": 0.0, "malora/balance/max": 1.5,
+        "tokens-per-second": 200.0, "tokens-per-second-per-device": 100.0, "throughput": 2.0, "mfu": 0.25,
+        "time share/data": 0.1, "iteration-time": 1.0, "skipped-iterations": 0.0, "malora/balance/max": 1.5,
     }  # fmt: skip
     assert metrics.scalars.items() >= expected.items()
     assert "malora/load/q_proj" in metrics.tables
-    assert metrics.counts == {}, "sites are not asked for"
+    assert metrics.counts == {"a": [2.0]}, "sites are not asked for"
     assert (rest.scalars["tokens-per-second"], rest.scalars["iteration-time"]) == (
         pytest.approx(800),
         pytest.approx(0.1),

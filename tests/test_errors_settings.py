@@ -64,6 +64,14 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             ["target_modules=[q_prj]"],
             "target_modules='q_prj': must be one of q_proj, ..., linear_qkv, ...; choose one of them",
         ),
+        (1, ["profile_steps=[a]"], "profile_steps=['a']: must be a list of whole numbers; write ...[10,15]"),
+        (1, ["profile_steps=[9,3]"], "profile_steps=[9, 3]: must be two steps, the first one and the last one; ..."),
+        (1, ["profile_steps=[0,3]"], "profile_steps=0: must be at least 1; write for example [10,15]"),
+        (
+            1,
+            ["profile_steps=[1,3]", "save="],
+            "profile_steps=[1, 3]: has no effect without save or tensorboard_dir; set save=DIR",
+        ),
         (1, ["topk=9"], "topk=9: must not exceed num_lora_experts=8; lower topk or add experts"),
         (1, ["data[0].format=xml"], "data[0].format='xml': must be one of auto, alpaca, ...; choose one of them"),
         (

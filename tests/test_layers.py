@@ -39,16 +39,17 @@ LAYERS = {
     "parallel": Layer("errors config_sections config", megatron=True),
     "exchange": Layer("errors registry methods config kernels parallel"),
     "families": Layer("errors files registry methods"),
+    "planning": Layer("methods families"),
     "layers": Layer("methods kernels exchange parallel", megatron=True),
     "models": Layer("errors methods config exchange parallel layers families", megatron=True),
     "data": Layer("errors files progress config_sections config"),
     "checkpoint": Layer("errors files methods config config_file parallel families layers pretrained", megatron=True),
     "metrics": Layer(
-        "errors progress registry methods config kernels parallel exchange families layers models checkpoint"
+        "errors progress registry methods config kernels parallel exchange families planning layers models checkpoint"
     ),
     "training": Layer(
         "errors exit_codes methods config_sections config parallel exchange families layers models data checkpoint "
-        "metrics pretrained progress",
+        "metrics planning pretrained progress",
         megatron=True,
     ),
     "hf": Layer("errors files methods config_sections config kernels data pretrained"),

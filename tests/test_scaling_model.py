@@ -16,6 +16,7 @@ import pytest
 
 from malora_dist.methods.budget import total
 from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
+from malora_dist.planning.flops import adapter_macs
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "tools" / "benchmarks"
 NAMES = ("scaling_cluster", "scaling_parts", "scaling_model", "scaling_search", "scaling_measured", "scaling")
@@ -72,7 +73,7 @@ def only(modules: dict[str, ModuleType], **rates: float) -> Any:
 def test_operations_are_those_of_the_floor(
     modules: dict[str, ModuleType], parts: Any, llama: Any, name: str, form: str, fuse: bool
 ) -> None:
-    flops, model = importlib.import_module("flops"), modules["scaling_model"]
+    model = modules["scaling_model"]
     spec = AdapterSpec(method=name, num_lora_experts=16, fuse_projections=fuse)
     for linear in llama.linears:
         contender = parts.Contender("", spec, "local", float32_router=True)
@@ -80,7 +81,7 @@ def test_operations_are_those_of_the_floor(
         passes = [model.input_ops(contender, linear, 1.0, 1)]
         passes += [model.expert_ops(site, 1.0, 1, form) for site in sites]
         counted = sum(op.flops for both in passes for ops in both for op in ops)
-        macs = sum(flops.adapter_macs(spec.declared, site.in_features, site.out_features, form) for site in sites)
+        macs = sum(adapter_macs(spec.declared, site.in_features, site.out_features, form) for site in sites)
         assert counted == pytest.approx(2 * macs)
 
 

@@ -56,7 +56,8 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         add = self.adapters.begin(input_, self.weight)
-        output, bias = super().forward(input_, *args, **kwargs)
+        with self.adapters.region("base"):
+            output, bias = super().forward(input_, *args, **kwargs)
         return add(output), bias
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict:
@@ -84,9 +85,10 @@ class AdaptedRowParallelLinear(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As RowParallelLinear.forward, which without TP returns a view that nothing may be added to in place."""
         add = self.adapters.begin(input_, self.weight)
-        output = F.linear(input_, self.weight)
-        if self.sequence_parallel:
-            output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
+        with self.adapters.region("base"):
+            output = F.linear(input_, self.weight)
+            if self.sequence_parallel:
+                output = reduce_scatter_to_sequence_parallel_region(output, group=self.tp_group)
         return add(output), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict:

@@ -9,6 +9,7 @@ outputs to its output in place. Shape suffixes: see methods/base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -93,22 +94,31 @@ class LinearAdapters(torch.nn.ModuleDict):
         Returns:
             the function that adds all adapters' outputs to the base output [s, b, m] of this rank.
         """
-        z, routings = self._route(*self._project(x.flatten(0, 1)))
+        with self.region("project"):
+            projected = self._project(x.flatten(0, 1))
+        with self.region("route"):
+            z, routings = self._route(*projected)
         if routings is None:
             dispatched = [Dispatched(Tokens(z_TD, None, None), handle=None) for z_TD in z]
         else:
-            dispatched = self._exchange.dispatch(z, routings)
+            with self.region("dispatch"):
+                dispatched = self._exchange.dispatch(z, routings)
         if routings is None or not self._exchange.moves_tokens:
             add = partial(self._add_local, dispatched)
         else:
-            returning = [
-                self._exchange.send_back(self._rows(adapter, spans, arrived.tokens), arrived)
-                for adapter, spans, arrived in zip(self._list, self._spans, dispatched, strict=True)
-            ]
+            with self.region("experts"):
+                returning = [
+                    self._exchange.send_back(self._rows(adapter, spans, arrived.tokens), arrived)
+                    for adapter, spans, arrived in zip(self._list, self._spans, dispatched, strict=True)
+                ]
             add = partial(self._add_returned, returning)
         if not self._method.has_output():
             return add
         return lambda y: self._output(add(y), weight_OI)
+
+    def region(self, name: str) -> AbstractContextManager[object]:
+        """See :meth:`RoutingContext.region`."""
+        return self._settings.context.region(name)
 
     # ---- before the experts
 
@@ -249,24 +259,26 @@ class LinearAdapters(torch.nn.ModuleDict):
     # ---- the sum with the base output
 
     def _add_local(self, dispatched: Sequence[Dispatched], y: Tensor) -> Tensor:
-        for adapter, spans, (tokens, _) in zip(self._list, self._spans, dispatched, strict=True):
-            if self._method.chain is None:
-                y = self._add_sums(adapter, self._sums(adapter, tokens), y)
-            else:
-                for span in spans:
-                    y = self._add_chain(adapter, span, y, span.columns, tokens)
+        with self.region("experts"):
+            for adapter, spans, (tokens, _) in zip(self._list, self._spans, dispatched, strict=True):
+                if self._method.chain is None:
+                    y = self._add_sums(adapter, self._sums(adapter, tokens), y)
+                else:
+                    for span in spans:
+                        y = self._add_chain(adapter, span, y, span.columns, tokens)
         return y
 
     def _add_returned(self, returning: Sequence[Returning], y: Tensor) -> Tensor:
-        for adapter, spans, wait in zip(self._list, self._spans, returning, strict=True):
-            rows, token_of_row = wait()
-            if self._method.chain is None:
-                sums = rows.new_zeros(y.numel() // y.shape[-1], rows.shape[1]).index_add(0, token_of_row, rows)
-                y = self._add_sums(adapter, sums.split(self._returned_widths(adapter), dim=-1), y)
-            else:
-                parts = rows.split([span.columns.total for span in spans], dim=-1)
-                for part, span in zip(parts, spans, strict=True):
-                    y = add_rows(y, part, token_of_row, span.columns)
+        with self.region("combine"):
+            for adapter, spans, wait in zip(self._list, self._spans, returning, strict=True):
+                rows, token_of_row = wait()
+                if self._method.chain is None:
+                    sums = rows.new_zeros(y.numel() // y.shape[-1], rows.shape[1]).index_add(0, token_of_row, rows)
+                    y = self._add_sums(adapter, sums.split(self._returned_widths(adapter), dim=-1), y)
+                else:
+                    parts = rows.split([span.columns.total for span in spans], dim=-1)
+                    for part, span in zip(parts, spans, strict=True):
+                        y = add_rows(y, part, token_of_row, span.columns)
         return y
 
     def _returned_widths(self, adapter: Adapter) -> list[int]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 
 @dataclass
@@ -41,12 +43,14 @@ class RoutingContext:
         token_task_BS: of the running layer; int64, 0 on padding and task index + 1 elsewhere; None: one task,
             no padding.
         recording: whether statistics are collected.
+        profiling: whether a profiler runs, for which regions have names.
         statistics: by site name, in model order.
     """
 
     num_tasks: int = 1
     token_task_BS: Tensor | None = None
     recording: bool = False
+    profiling: bool = False
     statistics: dict[str, SiteStatistics] = field(default_factory=dict)
 
     @contextlib.contextmanager
@@ -58,6 +62,10 @@ class RoutingContext:
             yield
         finally:
             self.token_task_BS = before
+
+    def region(self, name: str) -> AbstractContextManager[object]:
+        """What runs inside has this name in a profile; next to nothing without one, as layers ask for many."""
+        return record_function(name) if self.profiling else contextlib.nullcontext()
 
     def local_tasks(self, num_tokens: int, shard: int, num_shards: int, device: torch.device) -> Tensor:
         """Task of each token on this rank's sequence shard, in [s, b] order. int64 [num_tokens]"""

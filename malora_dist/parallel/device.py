@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import logging
 import os
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -191,3 +192,13 @@ def adapt_megatron(device: torch.device) -> None:
 def device_name(device: torch.device) -> str:
     """What kind of device it is: ``cpu``, or as its driver calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest: on CUDA of tensors since this was asked before; on a CPU of the whole process so far."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

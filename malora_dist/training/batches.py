@@ -31,11 +31,13 @@ class GlobalCounts(NamedTuple):
         answer_tokens: labels that the loss is taken on.
         tokens: positions without padding.
         microbatches: those that are not all padding.
+        pairs: of a token and one that it sees in attention, itself included.
     """
 
     answer_tokens: int
     tokens: int
     microbatches: int
+    pairs: int
 
 
 class BatchSource:
@@ -112,10 +114,11 @@ class BatchSource:
 
     def global_token_counts(self, microbatches: list[Microbatch]) -> GlobalCounts:
         """Counts of the global batch; called by all ranks."""
-        counts = torch.zeros(3, dtype=torch.int64, device=self._topology.device)
+        counts = torch.zeros(4, dtype=torch.int64, device=self._topology.device)
         for microbatch in microbatches:
-            tokens = (microbatch.token_task_BS > 0).sum()
-            counts += torch.stack((microbatch.loss_mask_BS.sum().long(), tokens, (tokens > 0).long()))
+            is_token_BS = microbatch.token_task_BS > 0
+            tokens, pairs = is_token_BS.sum(), ((microbatch.position_ids_BS + 1) * is_token_BS).sum()
+            counts += torch.stack((microbatch.loss_mask_BS.sum().long(), tokens, (tokens > 0).long(), pairs))
         dist.all_reduce(counts, group=self._topology.dp_group)
         return GlobalCounts(*counts.tolist())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from malora_dist.checkpoint.adapter import Trained
 from malora_dist.checkpoint.saving import CheckpointWriter
@@ -17,6 +17,7 @@ from malora_dist.errors import CheckpointError, TrainingError
 from malora_dist.exit_codes import stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.metrics.routing import RoutingReport
+from malora_dist.metrics.speed import Speed
 from malora_dist.metrics.watch import Watch
 from malora_dist.progress import Progress
 from malora_dist.training.best import Best
@@ -32,6 +33,7 @@ class Step(NamedTuple):
         grad_norm: before clipping; not finite: the step was skipped.
         learning_rate: that it was made with.
         tokens: in the global batch, padding left out.
+        flops: of the model, see :mod:`malora_dist.planning.flops`.
         seconds: that it took.
     """
 
@@ -40,6 +42,7 @@ class Step(NamedTuple):
     grad_norm: float
     learning_rate: float
     tokens: int
+    flops: float
     seconds: float
 
     @property
@@ -54,14 +57,22 @@ class Record(NamedTuple):
     Attributes:
         routing: of all sites.
         traffic: {group: bytes that this rank's collectives moved}.
+        times: where the time went since the report before, and memory.
     """
 
     routing: RoutingReport
     traffic: Mapping[str, int]
+    times: Metrics
 
 
 class Callback:
-    """Does nothing; subclasses override what they need."""
+    """Does nothing; subclasses override what they need.
+
+    Attributes:
+        region: what the time of :meth:`after_step` counts for, see :class:`malora_dist.training.step_clock.StepClock`.
+    """
+
+    region: ClassVar[str] = "rest"
 
     def wants_record(self, iteration: int) -> bool:
         """Whether this coming step shall keep its routing and traffic."""
@@ -69,6 +80,9 @@ class Callback:
 
     def before_first_step(self, iteration: int) -> None:
         """Called when training begins or goes on after this iteration."""
+
+    def before_step(self, iteration: int) -> None:
+        """Called when a step of this number is about to begin."""
 
     def after_step(self, step: Step) -> None:
         """Called when a step is done."""
@@ -148,14 +162,16 @@ class Log(Periodic):
 
     Args:
         recorded: what the record of the last step says; a collective.
+        speed: makes the figures of how fast it is.
         watch: warns of what looks wrong.
     """
 
     def __init__(
-        self, config: Config, logger: Logger, recorded: Callable[[], Record], watch: Watch, ending: Ending
+        self, config: Config, logger: Logger, recorded: Callable[[], Record], speed: Speed, watch: Watch, ending: Ending
     ) -> None:
         super().__init__(config.log_interval, ending)
         self._config, self._logger, self._recorded, self._watch = config, logger, recorded, watch
+        self._speed = speed
         self._pictures = Periodic(config.picture_interval, ending)
         self._are_pictures_due = False
         self._steps: list[Step] = []
@@ -173,11 +189,14 @@ class Log(Periodic):
         metrics = record.routing.metrics(of_sites=self._config.log_sites, tables=self._are_pictures_due)
         self._are_pictures_due = False
         metrics.scalars |= {f"malora/bytes/{group}": float(number) for group, number in record.traffic.items()}
+        metrics.scalars |= record.times.scalars
+        metrics.counts |= record.times.counts
+        tokens, flops = sum(s.tokens for s in self._steps), sum(s.flops for s in self._steps)
+        metrics.scalars |= self._speed.scalars(tokens, flops, seconds)
         metrics.scalars |= {
             "lm loss": step.losses.overall,
             "learning-rate": step.learning_rate,
             "grad-norm": step.grad_norm,
-            "tokens-per-second": sum(s.tokens for s in self._steps) / seconds,
             "iteration-time": seconds / len(self._steps),
             "skipped-iterations": float(sum(s.is_skipped for s in self._steps)),
         }
@@ -199,6 +218,8 @@ class Evaluate(Periodic):
         watch: warns of what looks wrong.
         best: of the metric; what it holds of a resumed run counts.
     """
+
+    region = "evaluation"
 
     def __init__(
         self,
@@ -242,6 +263,8 @@ class Save(Periodic):
         check: refuses to save what must not be; called with the iteration, on all ranks.
         progress: shows that it saves.
     """
+
+    region = "saving"
 
     def __init__(
         self,

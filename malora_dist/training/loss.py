@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from malora_dist.data.batches import Microbatch
 from malora_dist.layers.token_info import TokenInfo
@@ -40,13 +41,15 @@ def forward_step(data_iterator: Any, model: torch.nn.Module, *, num_tasks: int) 
     position gets logits.
     """
     microbatch: Microbatch = next(data_iterator)
-    output = model(
-        microbatch.tokens_BS,
-        microbatch.position_ids_BS,
-        None,  # attention's own rule does without a mask
-        labels=microbatch.labels_BS,
-        packed_seq_params=TokenInfo(
-            tasks_BS=microbatch.token_task_BS, documents_BS=microbatch.document_BS, answers_L=microbatch.answers_L
-        ),
+    tokens = TokenInfo(
+        tasks_BS=microbatch.token_task_BS, documents_BS=microbatch.document_BS, answers_L=microbatch.answers_L
     )
+    with record_function("forward"):
+        output = model(
+            microbatch.tokens_BS,
+            microbatch.position_ids_BS,
+            None,  # attention's own rule does without a mask
+            labels=microbatch.labels_BS,
+            packed_seq_params=tokens,
+        )
     return output, partial(_sum_over_answers, microbatch, num_tasks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -40,6 +39,7 @@ from malora_dist.methods.budget import adapter_parameters
 from malora_dist.metrics.banner import banner
 from malora_dist.metrics.loggers.base import Loggers, RunDescription, make_loggers
 from malora_dist.metrics.routing import RoutingReport, reduce_statistics
+from malora_dist.metrics.speed import speed_of
 from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.metrics.watch import Watch
 from malora_dist.models.build import adapter_sites, build_stages
@@ -48,6 +48,7 @@ from malora_dist.parallel.device import device_name
 from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
 from malora_dist.parallel.topology import Topology
+from malora_dist.planning.flops import step_flops
 from malora_dist.pretrained import load_tokenizer
 from malora_dist.progress import Progress
 from malora_dist.training.batches import BatchSource
@@ -73,7 +74,9 @@ from malora_dist.training.optimizer import (
     step_if_finite,
 )
 from malora_dist.training.parameters import check_finite
+from malora_dist.training.profiling import Profile
 from malora_dist.training.replicas import CheckReplicas
+from malora_dist.training.step_clock import StepClock
 from malora_dist.training.stop import StopSignals
 
 
@@ -140,16 +143,14 @@ class Trainer:
         check_finite(model, base_path, self.start and self.start.directory)
         self.scheduler = make_scheduler(config, optimizer)
         set_hyperparameters(config, optimizer, self.scheduler, self.trained.iteration)
-        self.best, self.ending, self.signals = (
-            Best(config.early_stopping_metric),
-            Ending(config.last_iteration),
-            StopSignals(),
-        )
+        self.best, self.signals = Best(config.early_stopping_metric), StopSignals()
+        self.ending = Ending(config.last_iteration)
         if self.start and self.start.info.best:
             self.best.load_state_dict(dict(self.start.info.best))
         self.replicas = CheckReplicas(config, model, topology)
         writer = self._make_writer() if config.save else None  # refuses before anything is written
-        self.traffic = TrafficCounter(topology)
+        self.clock, self.traffic = StepClock(topology), TrafficCounter(topology)
+        self.flops = step_flops(self.hf, config, "grouped")  # what a token asks for, whatever form computes it
         self.logger = make_loggers(config) if topology.is_writer else Loggers()
         self.callbacks = self._make_callbacks(writer)
 
@@ -158,7 +159,7 @@ class Trainer:
         config, logger, ending = self.config, self.logger, self.ending
         watch = Watch(config, self.topology.stage_of_rank)
         callbacks: list[Callback] = [
-            Log(config, logger, self.recorded, watch, ending),
+            Log(config, logger, self.recorded, speed_of(config, self.topology), watch, ending),
             StopIfNotFinite(config, logger, self._last_sources),
             self.replicas,
         ]
@@ -168,6 +169,8 @@ class Trainer:
         if writer:
             check = self.replicas.check
             callbacks.append(Save(config, logger, writer, self.trained, self.best, ending, check, self.progress))
+        if config.profile_steps:
+            callbacks.insert(0, Profile(config, self.topology, self.context, ending))
         return callbacks
 
     def _make_writer(self) -> CheckpointWriter:
@@ -193,14 +196,18 @@ class Trainer:
             self.logger.begin(self._describe())
             for text in self._introduction():
                 self.logger.message(text)
+            self.clock.restart()
             while self.trained.iteration < self.ending.last_iteration:
-                heartbeat.begin(self.trained.iteration + 1)
-                record = any(callback.wants_record(self.trained.iteration + 1) for callback in self.callbacks)
-                step = self.train_step(record)
+                coming = self.trained.iteration + 1
+                heartbeat.begin(coming)
+                for callback in self.callbacks:
+                    callback.before_step(coming)
+                step = self.train_step(record=any(callback.wants_record(coming) for callback in self.callbacks))
                 self.progress.advance(f"lm loss {step.losses.overall:.4f}")
                 try:
                     for callback in self.callbacks:
-                        callback.after_step(step)
+                        with self.clock.region(callback.region):
+                            callback.after_step(step)
                 except MaloraError:
                     for callback in self.callbacks:
                         callback.on_error()
@@ -217,17 +224,18 @@ class Trainer:
         """One optimizer step.
 
         Args:
-            record: keep the step's routing and traffic, see :meth:`recorded`.
+            record: keep the step's routing, traffic and times, see :meth:`recorded`.
         """
-        began = time.perf_counter()
         trained = self.trained
+        self.clock.begin_step(record)
         if record:
-            self.traffic = TrafficCounter(self.topology)
+            self.traffic = TrafficCounter(self.topology, self.clock.spans)
         counting = self.traffic if record else contextlib.nullcontext()
         with counting:
             self.plan.begin_step()
-        microbatches = self.batches.train(trained.consumed_samples)
-        counts = self.batches.global_token_counts(microbatches)
+        with self.clock.region("data"):
+            microbatches = self.batches.train(trained.consumed_samples)
+            counts = self.batches.global_token_counts(microbatches)
         self._seed_step(trained.iteration)
         # megatron divides all gradients by the answer tokens of the global batch; the auxiliary
         # loss shall be a mean over its microbatches, those of padding left out.
@@ -239,26 +247,30 @@ class Trainer:
         trained.optimizer.zero_grad()
         with counting:
             sums = self._run(microbatches, forward_only=False)
-            grad_norm = step_if_finite(trained.optimizer)
+            with self.clock.on_device("optimizer"):
+                grad_norm = step_if_finite(trained.optimizer)
         learning_rate = trained.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
         self.context.recording = False
         trained.iteration += 1
         trained.consumed_samples += self.config.global_batch_size
-        (losses,) = task_means(sums, 1, self.batches.task_names, self.topology)  # waits for the device
+        with counting:
+            (losses,) = task_means(sums, 1, self.batches.task_names, self.topology)  # waits for the device
         return Step(
             iteration=trained.iteration,
             losses=losses,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             tokens=counts.tokens,
-            seconds=time.perf_counter() - began,
+            flops=self.flops.total(counts.tokens, counts.answer_tokens, counts.pairs),
+            seconds=self.clock.end_step(),
         )
 
     def recorded(self) -> Record:
         """What the last recorded step has kept; called by all ranks, empties the record."""
+        times = self.clock.report()
         statistics = reduce_statistics(self.context, self.topology)
-        return Record(RoutingReport(statistics, self.config, self.batches.task_names), self.traffic.bytes)
+        return Record(RoutingReport(statistics, self.config, self.batches.task_names), self.traffic.bytes, times)
 
     @torch.no_grad()
     def evaluate(self) -> Validation:

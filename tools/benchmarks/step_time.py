@@ -17,10 +17,11 @@ formed round by round. ``--setting`` is one of settings.py: the ranks of the pap
     molora          in the form that ``expert_compute: auto`` takes; molora_grouped: sorted by expert
     malora          likewise
 
-Two floors stand beside a ratio: that of the whole step, from flops.py (frozen linears, attention, output layer and
-adapters, forward and backward), and that of one square linear of the hidden size, which for MALoRA's gated block is
-[2 + 3 (d + N + N r)/h + 3 N r d/h^2] / [2 + 6 r/h], the r below LoRA's own. Normalisation, activations and the
-optimizer are in no floor. Peak memory is what two steps need above the built model, each method in its own process.
+Two floors stand beside a ratio: that of the whole step, from malora_dist/planning/flops.py (frozen linears, attention,
+output layer and adapters, forward and backward), and that of one square linear of the hidden size, which for MALoRA's
+gated block is [2 + 3 (d + N + N r)/h + 3 N r d/h^2] / [2 + 6 r/h], the r below LoRA's own. Normalisation, activations
+and the optimizer are in no floor. Peak memory is what two steps need above the built model, each method in its own
+process.
 
 --experts: MALoRA's step time over N at fixed k, relative to the first N, with a router per projection and with
 fuse_projections. In every form the routers grow with N (in the floor), and so does what is done once a step to every
@@ -47,7 +48,6 @@ from typing import Any, NamedTuple
 import torch
 from against import compare_checkouts, print_checkouts
 from common import RESULTS, headline, print_table, ratios, spread, summary, write_results
-from flops import square_macs
 from forms import measure_forms
 from models import llama_config, llama_like
 from settings import SETTINGS, Setting
@@ -59,6 +59,7 @@ from usual_dora import dora_as_usual
 
 from malora_dist.families.shapes import SHAPES
 from malora_dist.parallel.device import choose_device
+from malora_dist.planning.flops import square_macs
 
 
 class Contender(NamedTuple):

@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from common import interleaved, now
-from flops import Form, projection_widths, step_flops
 from models import Inputs, build_trainer, peak_memory, spawn, write_inputs
 from transformers import LlamaConfig
 
 from malora_dist.config import Config
 from malora_dist.config_file import load_config
+from malora_dist.families.base import projection_widths
 from malora_dist.kernels.experts import choose_expert_compute
 from malora_dist.methods.budget import total
 from malora_dist.parallel import topology as layout
 from malora_dist.parallel.device import choose_device
+from malora_dist.planning.flops import Form, step_flops
 
 
 class Run(NamedTuple):
@@ -105,7 +106,7 @@ class Bench:
 
     def operations(self, run: Run) -> float:
         """Of a step."""
-        return step_flops(self.hf, run.config, self.form(run), self.tokens, self.seq_length)
+        return step_flops(self.hf, run.config, self.form(run)).of_sequences(self.tokens, self.seq_length)
 
     def trained_numbers(self, run: Run) -> int:
         """Trainable parameters, routers included."""

@@ -18,20 +18,22 @@ gated block form. So, from their declarations (malora_dist/methods/):
 With ``fuse_projections`` what has no output axis counts once for a fused linear. The embeddings are frozen: up to the
 first adapters nothing needs the gradient of its input.
 
-Besides, causal attention over S positions: (S + 1) / 2 keys a token on average, two products forward and four backward,
-and the output layer, h V forward and h V backward. Norms, activations, gates and the optimizer count nothing.
+Besides, causal attention: for every pair of a query and a key that it sees, its own included, two products as wide as
+all heads forward and four backward; (S + 1) / 2 keys a token in a sequence of S. And the output layer, h V forward and
+h V backward for each position that has a loss. Norms, activations, gates and the optimizer count nothing, and what
+activation recompute does again does not count either.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig
 
-from malora_dist.families.base import projection_widths
+from malora_dist.families.base import DecoderConfig, projection_widths
 from malora_dist.methods.base import Method
 from malora_dist.methods.spec import MEGATRON_LINEARS, AdapterSpec
 
@@ -73,25 +75,51 @@ def square_macs(method: Method, width: int, form: Form) -> int:
     return 2 * width**2 + adapter_macs(method, width, width, form)
 
 
-def step_flops(hf: LlamaConfig, spec: AdapterSpec, form: Form, tokens: int, seq_length: int) -> float:
-    """Operations of one training step.
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of training steps, forward and backward, by what they are proportional to.
+
+    Attributes:
+        of_token: per token, padding left out.
+        of_answer: per position with a loss.
+        of_pair: per query and key that it sees.
+        of_step: per step, whatever is in it.
+    """
+
+    of_token: float
+    of_answer: float
+    of_pair: float
+    of_step: float
+
+    def total(self, tokens: int, answers: int, pairs: float) -> float:
+        """Of one step with so many of each."""
+        return self.of_token * tokens + self.of_answer * answers + self.of_pair * pairs + self.of_step
+
+    def of_sequences(self, tokens: int, seq_length: int) -> float:
+        """Of one step of sequences that are all equally long and have a loss everywhere."""
+        return self.total(tokens, tokens, tokens * (seq_length + 1) / 2)
+
+
+def step_flops(hf: DecoderConfig, spec: AdapterSpec, form: Form) -> StepFlops:
+    """Operations of the training steps of a model with adapters.
 
     Args:
-        tokens: of the step, in sequences of ``seq_length`` without padding.
+        form: that experts are counted in; ``grouped`` counts the k that a token is routed to, which is what the model
+            asks for, however they are computed.
     """
     method, widths = spec.declared, projection_widths(hf)
-    macs = 2.0 * hf.hidden_size * hf.vocab_size
+    of_token = of_pair = of_step = 0.0
     is_reached = False  # by a gradient: adapters lie below
     for _ in range(hf.num_hidden_layers):
         for linear, fused in MEGATRON_LINEARS.items():
             n = widths[fused[0]][0]
             if linear == "linear_proj":  # attention comes before it
-                macs += (6 if is_reached else 2) * (seq_length + 1) / 2 * n
-            macs += (2 if is_reached else 1) * n * sum(widths[projection][1] for projection in fused)
+                of_pair += (6 if is_reached else 2) * n
+            of_token += (2 if is_reached else 1) * n * sum(widths[projection][1] for projection in fused)
             adapters = [projections for _, projections in spec.adapters if projections[0] in fused]
             for projections in adapters:
                 outs = [widths[projection][1] for projection in projections]
-                macs += adapter_macs(method, n, sum(outs), form, is_reached)
-                macs += sum(norms_macs(method, n, m) for m in outs) / tokens
+                of_token += adapter_macs(method, n, sum(outs), form, is_reached)
+                of_step += sum(norms_macs(method, n, m) for m in outs)
             is_reached |= bool(adapters)
-    return 2 * macs * tokens
+    return StepFlops(2 * of_token, 2 * 2 * hf.hidden_size * hf.vocab_size, 2 * of_pair, 2 * of_step)
