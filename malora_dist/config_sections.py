@@ -257,3 +257,11 @@ class LogConfig:
         100, "steps between pictures of the routing; 0: only at the end", minimum=0, cure="set 0 for the end only"
     )
     log_sites: bool = key(False, "also report load and entropy of every adapted projection by itself")
+    wandb_project: str = key("malora_dist", "project of Weights & Biases", required=True)
+    wandb_name: str = key("", "what Weights & Biases calls the run; default: the last part of `save`")
+    mlflow_tracking_uri: str = key(
+        "",
+        "MLflow's store: `sqlite:///FILE` or a server's address; default: as MLflow itself, $MLFLOW_TRACKING_URI or "
+        "`mlflow.db` in the working directory",
+    )
+    mlflow_experiment: str = key("malora_dist", "experiment of MLflow", required=True)
