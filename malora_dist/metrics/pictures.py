@@ -73,7 +73,7 @@ def draw(tables: Mapping[str, Table], caption: str) -> dict[str, bytes]:
         if tag in tables:
             panels[""] = tables[tag]
         if panels:
-            pictures[tag] = _picture(kind, {name: _narrow(kind, table) for name, table in panels.items()}, caption)
+            pictures[tag] = _picture(kind, panels, caption)
     return pictures
 
 
@@ -94,7 +94,12 @@ def _layer(column: str) -> str:
 
 
 def _picture(kind: _Kind, panels: Mapping[str, Table], caption: str) -> bytes:
-    title, first = f"{kind.title}, {caption}", next(iter(panels.values()))
+    asked = next(iter(panels.values()))
+    panels = {name: _narrow(kind, table) for name, table in panels.items()}
+    first = next(iter(panels.values()))
+    neighbours = len(asked.columns) // len(first.columns)
+    largest = f", the largest of {neighbours} neighbours" if neighbours > 1 else ""
+    title = f"{kind.title}{largest}, {caption}"
     across = min(kind.panels_in_a_row, len(panels))
     down = math.ceil(len(panels) / across)
     widest = _MOST_COLUMNS / _DPI if across == 1 else _MOST_COLUMNS / _DPI / 4
@@ -143,22 +148,24 @@ def _heatmap(axes: Axes, kind: _Kind, table: Table, norm: Normalize) -> AxesImag
     if kind.has_layers:
         layers = [_layer(name) for name in table.columns]
         borders = [i - 0.5 for i in range(1, len(layers)) if layers[i] != layers[i - 1]]
-        axes.vlines(borders, -0.5, len(table.rows) - 0.5, colors="0.3", linewidth=0.6)
+        axes.vlines(borders, -0.5, len(table.rows) - 0.5, colors="black", linewidth=1)
     return image
 
 
 def _name_axes(axes: Axes, kind: _Kind, table: Table, is_leftmost: bool, is_lowest: bool) -> None:
-    """Names at the left and lowest panels; of many, some."""
+    """Names at the left and lowest panels; of many, some. Ticks are most of the work, so the others have none."""
     axes.tick_params(labelsize=8, length=2, pad=2)
-    rows = range(0, len(table.rows), _step(len(table.rows), axes.bbox.height, 11))
-    axes.set_yticks(rows, [_short(table.rows[i]) for i in rows] if is_leftmost else [""] * len(rows))
+    axes.set_yticks([])
+    axes.set_xticks([])
     if is_leftmost:
+        rows = range(0, len(table.rows), _step(len(table.rows), axes.bbox.height, 11))
+        axes.set_yticks(rows, [_short(table.rows[i]) for i in rows])
         axes.set_ylabel(kind.rows, fontsize=8, labelpad=2)
-    names = list(dict.fromkeys(_layer(name) for name in table.columns)) if kind.has_layers else table.columns
-    width = len(table.columns) / len(names)
-    columns = range(0, len(names), _step(len(names), axes.bbox.width, 20))
-    axes.set_xticks([i * width + (width - 1) / 2 for i in columns], [names[i] for i in columns] if is_lowest else [""] * len(columns))
     if is_lowest:
+        names = list(dict.fromkeys(map(_layer, table.columns))) if kind.has_layers else table.columns
+        width = len(table.columns) / len(names)
+        columns = range(0, len(names), _step(len(names), axes.bbox.width, 20))
+        axes.set_xticks([i * width + (width - 1) / 2 for i in columns], [names[i] for i in columns])
         axes.set_xlabel(kind.columns, fontsize=8, labelpad=1)
 
 

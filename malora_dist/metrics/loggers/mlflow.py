@@ -76,7 +76,9 @@ class MlflowLogger(ServiceLogger):
                 self._id = ""
         if not self._id:
             experiment = client.get_experiment_by_name(config.mlflow_experiment)
-            experiment_id = experiment.experiment_id if experiment else client.create_experiment(config.mlflow_experiment)
+            experiment_id = (
+                experiment.experiment_id if experiment else client.create_experiment(config.mlflow_experiment)
+            )
             name = Path(config.save).name if config.save else None
             self._id = client.create_run(experiment_id, run_name=name).info.run_id
             kept.write(self._id)

@@ -86,7 +86,6 @@ def _content(metrics: Metrics, step: int) -> Mapping[str, Any]:
         for tag, counts in metrics.counts.items()
     }
     pictures = {
-        tag: wandb.Image(Image.open(io.BytesIO(png)))
-        for tag, png in draw(metrics.tables, f"iteration {step}").items()
+        tag: wandb.Image(Image.open(io.BytesIO(png))) for tag, png in draw(metrics.tables, f"iteration {step}").items()
     }
     return {**metrics.scalars, **bars, **pictures}
