@@ -28,7 +28,10 @@ _DPI = 80
 _MOST_COLUMNS = 1024
 _LONGEST_NAME = 16
 # Inches.
-_CELL, _MARGIN, _LINE, _LETTER = 0.2, 0.15, 0.25, 0.085
+_CELL = 0.2
+_MARGIN = 0.15
+_LINE = 0.25
+_LETTER = 0.085
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from malora_dist.metrics.loggers.service import RunId, ServiceLogger, first_line
 T = TypeVar("T")
 
 #: How many parameters and how many metrics the service takes at once.
-_PARAMETERS, _METRICS = 100, 1000
+_PARAMETERS = 100
+_METRICS = 1000
 
 
 @LOGGERS.register("mlflow")
