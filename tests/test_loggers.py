@@ -99,7 +99,7 @@ def test_tensorboard_has_a_page_pictures_texts_and_hyperparameters(tmp_path: Pat
     assert "\nlr: 0.125\n" in text("config/text_summary")
     assert text("start/text_summary") == "```\na banner\n```"
     assert text("warnings/text_summary") == "an expert is starved"
-    for tag in ("malora/load", "malora/load of tasks", "malora/task information"):
+    for tag in ("pictures/load", "pictures/load of tasks", "pictures/task information"):
         (image,) = events.Images(tag)
         decoded = Image.open(io.BytesIO(image.encoded_image_string))
         assert (image.step, decoded.format, decoded.size) == (1, "PNG", (image.width, image.height))
@@ -110,6 +110,7 @@ def test_tensorboard_has_a_page_pictures_texts_and_hyperparameters(tmp_path: Pat
 
     columns = hyperparameters("experiment").experiment
     assert {"lr", "shared_dim", "topk", "world_size"} <= {info.name for info in columns.hparam_infos}
+    assert sum(info.differs for info in columns.hparam_infos) == 5, "as many as TensorBoard shows first"
     assert "lm loss validation" in {info.name.tag for info in columns.metric_infos}
     values = hyperparameters("session_start_info").session_start_info.hparams
     assert (values["lr"].number_value, values["method"].string_value) == (0.125, "malora")
@@ -151,8 +152,8 @@ def pixels(png: bytes) -> np.ndarray:
 def test_pictures_show_the_loads() -> None:
     """Areas of the colours: one expert has four times an even load, two have half of it, one has none (black)."""
     pictures = draw(tables(), "iteration 7")
-    assert sorted(pictures) == ["malora/load", "malora/load of tasks", "malora/task information"]
-    for tag in ("malora/load", "malora/load of tasks"):  # two projections; one projection, two tasks
+    assert sorted(pictures) == ["pictures/load", "pictures/load of tasks", "pictures/task information"]
+    for tag in ("pictures/load", "pictures/load of tasks"):  # two projections; one projection, two tasks
         image = pixels(pictures[tag]).astype(int)
         colours = {"four": colormaps["RdBu_r"](1.0), "half": colormaps["RdBu_r"](0.25), "none": (0, 0, 0)}
         areas = {

@@ -68,7 +68,7 @@ def draw(tables: Mapping[str, Table], caption: str) -> dict[str, bytes]:
         caption: for all of them, for example the iteration.
 
     Returns:
-        {tag without what tells the panels apart: PNG}.
+        {"pictures/" and what they show: PNG}; TensorBoard wants tags that no scalar has.
     """
     pictures = {}
     for tag, kind in _KINDS.items():
@@ -76,7 +76,7 @@ def draw(tables: Mapping[str, Table], caption: str) -> dict[str, bytes]:
         if tag in tables:
             panels[""] = tables[tag]
         if panels:
-            pictures[tag] = _picture(kind, panels, caption)
+            pictures[f"pictures/{tag.removeprefix('malora/')}"] = _picture(kind, panels, caption)
     return pictures
 
 

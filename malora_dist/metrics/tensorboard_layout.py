@@ -9,7 +9,9 @@ from malora_dist.metrics.loggers.base import RunDescription
 
 #: The figures that runs are compared by.
 COMPARED_FIGURES = ("lm loss", "lm loss validation", "accuracy validation", "tokens-per-second")
-#: The keys; those of experts and of a shared subspace say something of the methods that have them alone.
+#: The settings that TensorBoard shows first.
+FIRST_KEYS = ("method", "lora_rank", "num_lora_experts", "topk", "lr")
+#: All of them; those of experts and of a shared subspace say something of the methods that have them alone.
 _OF_ALL = (
     "method", "lora_rank", "lora_alpha", "lora_dropout", "lr", "lr_decay_style", "weight_decay", "train_iters",
     "global_batch_size", "micro_batch_size", "seq_length", "packing", "seed", "bf16", "tensor_model_parallel_size",

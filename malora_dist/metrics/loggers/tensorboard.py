@@ -18,13 +18,14 @@ from typing import Self
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import summary
 
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
 from malora_dist.metrics.loggers.base import LOGGERS, Logger, Metrics, RunDescription, config_as_yaml, has_failed
-from malora_dist.metrics.tensorboard_layout import COMPARED_FIGURES, compared, layout
+from malora_dist.metrics.tensorboard_layout import COMPARED_FIGURES, FIRST_KEYS, compared, layout
 
 
 @LOGGERS.register("tensorboard")
@@ -113,6 +114,11 @@ def _figures(metrics: Metrics, step: int) -> Iterator[Summary]:
 def _hyperparameters(run: RunDescription) -> tuple[Summary, Summary, Summary]:
     """What the columns are, the same in every run's file; this run's settings; that the run has ended well."""
     columns, _, _ = summary.hparams(compared(run, with_unused=True), dict.fromkeys(COMPARED_FIGURES))
+    plugin = columns.value[0].metadata.plugin_data
+    described = HParamsPluginData.FromString(plugin.content)
+    for info in described.experiment.hparam_infos:
+        info.differs = info.name in FIRST_KEYS  # these are shown first, of the others only some
+    plugin.content = described.SerializeToString()
     _, settings, is_complete = summary.hparams(compared(run), {})
     return columns, settings, is_complete
 
