@@ -130,7 +130,7 @@ def _picture(kind: _Kind, panels: Mapping[str, Table], caption: str) -> bytes:
         _name_axes(axes, kind, table, is_leftmost=i % across == 0, is_lowest=i >= len(panels) - across)
     for axes in grid[len(panels) :]:
         axes.remove()
-    _colour_bar(figure, image, kind, 1 - (right - _MARGIN) / total_width, 0.12 / total_width)
+    _colour_bar(figure, image, kind, place["right"] + _MARGIN / total_width, 0.12 / total_width)
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
