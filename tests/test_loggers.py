@@ -44,7 +44,7 @@ def tables(layers: int = 2, experts: int = 4) -> dict[str, Table]:
         for name in ("q_proj", "up_proj")
     }
     of_tasks = [[load for of_layer in loads for load in of_layer]] * 2
-    found["malora/load of tasks/q_proj"] = Table(["a", "a task with a very long name"], columns, of_tasks)
+    found["malora/load of tasks/q_proj"] = Table(["a", "$^$ and a very long name"], columns, of_tasks)
     found["malora/task information"] = Table(["q_proj"], ["0", "1"], [[0.25, 0.0]])
     return found
 

@@ -162,7 +162,8 @@ def _name_axes(axes: Axes, kind: _Kind, table: Table, is_leftmost: bool, is_lowe
     axes.set_xticks([])
     if is_leftmost:
         rows = range(0, len(table.rows), _step(len(table.rows), axes.bbox.height, 11))
-        axes.set_yticks(rows, [_short(table.rows[i]) for i in rows])
+        names = [_short(table.rows[i]) for i in rows]
+        axes.set_yticks(rows, names, parse_math=False)  # a task's name may hold $
         axes.set_ylabel(kind.rows, fontsize=8, labelpad=2)
     if is_lowest:
         names = list(dict.fromkeys(map(_layer, table.columns))) if kind.has_layers else table.columns

@@ -48,7 +48,7 @@ class WandbLogger(ServiceLogger):
                 directory.mkdir(parents=True, exist_ok=True)
             self._run = wandb.init(
                 project=config.wandb_project,
-                name=config.wandb_name or (directory and directory.name),
+                name=config.wandb_name or (directory.name if directory else None),
                 dir=directory,
                 id=run_id,
                 resume="allow",
@@ -67,7 +67,7 @@ class WandbLogger(ServiceLogger):
         self._try(lambda: self._run.alert(f"warning at iteration {step}", text, level="WARN"))
 
     def log(self, metrics: Metrics, step: int) -> None:
-        self._try(lambda: self._run.log({STEP: step} | _content(metrics, step)))
+        self._try(lambda: self._run.log({STEP: step, **_content(metrics, step)}))
 
     def close(self) -> None:
         exit_code = int(has_failed())
@@ -76,13 +76,14 @@ class WandbLogger(ServiceLogger):
 
 
 def _content(metrics: Metrics, step: int) -> Mapping[str, Any]:
+    import numpy as np
     import wandb
     from PIL import Image
 
     from malora_dist.metrics.pictures import draw
 
     bars = {
-        tag: wandb.Histogram(np_histogram=(counts, [i - 0.5 for i in range(len(counts) + 1)]))
+        tag: wandb.Histogram(np_histogram=(np.array(counts), np.arange(len(counts) + 1) - 0.5))
         for tag, counts in metrics.counts.items()
     }
     pictures = {
