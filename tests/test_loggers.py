@@ -122,7 +122,10 @@ def test_a_run_that_fails_has_no_end(tmp_path: Path) -> None:
     logger.begin(run_of(Config()))
     with pytest.raises(ZeroDivisionError), contextlib.closing(logger):
         _ = 1 / 0
-    assert "_hparams_/session_end_info" not in read_events(tmp_path / "tensorboard").Tags()["tensors"]
+    events = read_events(tmp_path / "tensorboard")
+    assert events.SummaryMetadata("_hparams_/session_start_info")
+    with pytest.raises(KeyError):
+        events.SummaryMetadata("_hparams_/session_end_info")
 
 
 def test_charts_are_of_figures_that_the_run_has() -> None:
