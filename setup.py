@@ -32,13 +32,15 @@ setup(
         "omegaconf>=2.4",
         "pyyaml",
         "tensorboard",
+        "matplotlib",
         "tqdm",
         "rich",
         "numpy",
         "packaging",
     ],
     extras_require={
-        "dev": ["pytest", "hypothesis>=6.100,<7", "psutil", "ruff", "mypy", "matplotlib"],
-        "benchmarks": ["matplotlib"],
+        "dev": ["pytest", "hypothesis>=6.100,<7", "psutil", "ruff", "mypy"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy", "alembic"],
     },
 )

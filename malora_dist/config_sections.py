@@ -271,3 +271,11 @@ class LogConfig:
         minimum=0,
         cure="set 0 for that of the data sheet",
     )
+    wandb_project: str = key("malora_dist", "project of Weights & Biases", required=True)
+    wandb_name: str = key("", "what Weights & Biases calls the run; default: the last part of `save`")
+    mlflow_tracking_uri: str = key(
+        "",
+        "MLflow's store: `sqlite:///FILE` or a server's address; default: as MLflow itself, $MLFLOW_TRACKING_URI or "
+        "`mlflow.db` in the working directory",
+    )
+    mlflow_experiment: str = key("malora_dist", "experiment of MLflow", required=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
@@ -147,6 +149,13 @@ def test_tensorboard(layout: str, workers: WorkerPool, base_dir: Path, task_file
         assert 1.0 <= events.Scalars(f"malora/balance/{site}")[0].value <= 4.0
         assert 0.0 < events.Scalars(f"malora/router entropy/{site}")[0].value <= math.log(4) + 1e-6
     check_counts(events, settings)
+    (page,) = events.Tensors("custom_scalars__config__")
+    groups = Layout.FromString(page.tensor_proto.string_val[0]).category
+    tags = [tag for group in groups for chart in group.chart for tag in chart.multiline.tag]
+    assert len(tags) == 15
+    empty = {tag for tag in tags if not any(re.match(tag, name) for name in scalars)}
+    assert empty <= {"throughput$", "time share/", "memory/peak GiB$"}  # not reported yet
+    assert events.Tags()["images"] == ["pictures/load", "pictures/load of tasks", "pictures/task information"]
 
 
 def check_counts(events: EventAccumulator, settings: list[str]) -> None:

@@ -5,9 +5,13 @@ To add a logger is to add a file beside this one with a class that is registered
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
+
+import yaml
 
 from malora_dist.config import Config
 from malora_dist.metrics.report_file import Table
@@ -108,6 +112,16 @@ class Loggers(Logger):
     def close(self) -> None:
         for logger in self._loggers:
             logger.close()
+
+
+def config_as_yaml(config: Config) -> str:
+    """The resolved config, every key."""
+    return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+
+
+def has_failed() -> bool:
+    """In a logger's `close`: whether it is an error that ends the run."""
+    return sys.exc_info()[0] is not None
 
 
 def make_loggers(config: Config) -> Loggers:

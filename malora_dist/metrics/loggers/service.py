@@ -1,0 +1,72 @@
+"""What the loggers of optional packages share: the package, failures during a run, and what a resumed run adds to."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from malora_dist.config import Config
+from malora_dist.errors import ConfigError
+from malora_dist.metrics.loggers.base import Logger
+
+
+def import_extra(package: str, extra: str) -> Any:
+    """A package of an extra of setup.py.
+
+    Raises:
+        ConfigError: it cannot be imported; names the extra.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        cure = f"in this project's checkout: pip install --editable '.[{extra}]' --constraint constraints.txt"
+        raise ConfigError("loggers", extra, f"needs the extra {extra} ({error})", cure) from error
+
+
+class ServiceLogger(Logger):
+    """Hands figures to a package; if that fails during a run it says so in one line, and the run goes on without it."""
+
+    #: As in the config; also the extra that has the package.
+    name: ClassVar[str]
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._is_open = False
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        """Do it while nothing has failed yet."""
+        if not self._is_open:
+            return
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  whatever happens to a service must not end training
+            self._is_open = False
+            text = f"{self.name}: cannot be written ({first_line(error)}); it ends here"
+            print(text, file=sys.stderr, flush=True)
+
+
+class RunId:
+    """The name that a service has for a run, in a file beside the checkpoints; without `save` it is not kept."""
+
+    def __init__(self, config: Config, service: str) -> None:
+        self._file = Path(config.save) / f"{service}_run_id" if config.save else None
+
+    def read(self, iteration: int) -> str:
+        """Of the run that goes on after this iteration; empty where a run begins."""
+        if self._file is None or iteration == 0 or not self._file.is_file():
+            return ""
+        return self._file.read_text(encoding="utf-8").strip()
+
+    def write(self, run_id: str) -> None:
+        """For those who go on."""
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(f"{run_id}\n", encoding="utf-8")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
