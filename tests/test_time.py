@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 
 from malora_dist.metrics.history import HistoryReader
 from malora_dist.metrics.traffic import BUFFERS, GROUPS
-from malora_dist.metrics.watch import COMPUTE_TAG, TIME_REPORTS
+from malora_dist.metrics.watch import COMPUTE_TAG, STRAGGLER_REPORTS
 from malora_dist.parallel.timing import Spans
 from malora_dist.training.step_clock import _metrics
 from tests.layouts import find
@@ -106,14 +106,18 @@ def _check_report(rank: dict[str, Any], groups: set[str]) -> None:
 def test_a_straggler_is_named(
     slow: list[int], workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
 ) -> None:
-    """After TIME_REPORTS reports; where both are as slow, nobody is. In that run steps 2 and 3 are profiled."""
+    """After STRAGGLER_REPORTS reports; where both are as slow, nobody is. In that run steps 2 and 3 are profiled."""
     more = [*find("EP 2").settings, "dispatch=all_to_all", f"save={tmp_path}", "eval_iters=0", "log_interval=1"]
-    more += ["global_batch_size=4", f"train_iters={TIME_REPORTS}", f"profile_steps={[2, 3] if len(slow) == 2 else []}"]
+    more += [
+        "global_batch_size=4",
+        f"train_iters={STRAGGLER_REPORTS}",
+        f"profile_steps={[2, 3] if len(slow) == 2 else []}",
+    ]
     settings = overrides(base_dir, task_files, *more)
     workers.run("jobs_time:train_slowed", 2, overrides=settings, slow=slow, seconds=0.5)
     history = HistoryReader(tmp_path).read()
     about_time = [(step, text.split(" computes ")[0]) for step, text in history.warnings if "computes" in text]
-    assert about_time == ([(TIME_REPORTS, "rank 1")] if slow == [1] else [])
+    assert about_time == ([(STRAGGLER_REPORTS, "rank 1")] if slow == [1] else [])
     shares = {tag for tag in history.scalars if tag.startswith("time share/")}
     assert shares == {
         f"time share/{part}"

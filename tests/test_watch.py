@@ -72,7 +72,7 @@ def test_a_collapsed_router() -> None:
 
 
 def test_waiting_for_data() -> None:
-    for share, expected in ((0.19, []), (0.25, [rules.TIME_REPORTS])):
+    for share, expected in ((0.19, []), (0.25, [rules.DATA_REPORTS])):
         found = warnings_of(Watch(CONFIG, [0]), report(), 9, Metrics({rules.DATA_SHARE_TAG: share}))
         assert list(found) == expected
         assert all(text.startswith("25% of a step is spent waiting for its batch; ") for text in found.values())
@@ -91,7 +91,7 @@ def test_waiting_for_data() -> None:
 )
 def test_a_straggling_rank(stages: list[int], seconds: list[float], slow: int | None) -> None:
     found = warnings_of(Watch(CONFIG, stages), report(), 9, Metrics(counts={rules.COMPUTE_TAG: seconds}))
-    assert list(found) == ([] if slow is None else [rules.TIME_REPORTS])
+    assert list(found) == ([] if slow is None else [rules.STRAGGLER_REPORTS])
     assert all(text.startswith(f"rank {slow} computes ") for text in found.values())
 
 

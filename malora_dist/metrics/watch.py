@@ -20,7 +20,8 @@ from malora_dist.metrics.routing import RoutingReport, effective_share
 #: Reports in a row. Starting routers wander, so a starved expert gets more time.
 STARVED_REPORTS = 10
 ROUTING_REPORTS = 5
-TIME_REPORTS = 3
+DATA_REPORTS = 3
+STRAGGLER_REPORTS = 5
 #: An expert is starved below this part of an even load.
 STARVED_LOAD = 0.05
 #: An expert takes most tokens above this share of them.
@@ -66,8 +67,8 @@ class Watch:
         self._starved: dict[str, Tensor] = {}  # {site: reports in a row [N]}
         self._told_starved = 0
         self._dominant: dict[str, _Lasting] = {}
-        self._collapse, self._data = _Lasting(ROUTING_REPORTS), _Lasting(TIME_REPORTS)
-        self._stragglers = [_Lasting(TIME_REPORTS) for _ in self._stages]
+        self._collapse, self._data = _Lasting(ROUTING_REPORTS), _Lasting(DATA_REPORTS)
+        self._stragglers = [_Lasting(STRAGGLER_REPORTS) for _ in self._stages]
         self._seesaw = _Seesaw(config)
 
     def report(self, routing: RoutingReport, metrics: Metrics) -> list[str]:
