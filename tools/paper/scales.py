@@ -102,7 +102,7 @@ SCALES = {
         divisor=1,
         seeds=(1, 2),
         tuning_seeds=(101,),
-        lrs=(2e-4, 5e-4, 1.2e-3),
+        lrs=(2e-4, 5e-4, 1.2e-3, 3e-3),
         keys={
             **_PAPER,
             "seq_length": 256,
