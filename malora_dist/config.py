@@ -169,6 +169,8 @@ def _check_profile(c: Config) -> None:
     cure = "write for example [10,15]"
     _require(is_range, c, "profile_steps", "must be two steps, the first one and the last one", cure)
     has_place = bool(c.save or c.tensorboard_dir)
+    beyond = f"begins after train_iters={c.train_iters}"
+    _require(not steps or steps[0] <= c.train_iters, c, "profile_steps", beyond, "choose earlier steps")
     _require(
         not steps or has_place, c, "profile_steps", "has no effect without save or tensorboard_dir", "set save=DIR"
     )

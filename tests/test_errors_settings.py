@@ -66,6 +66,7 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ),
         (1, ["profile_steps=[a]"], "profile_steps=['a']: must be a list of whole numbers; write ...[10,15]"),
         (1, ["profile_steps=[9,3]"], "profile_steps=[9, 3]: must be two steps, the first one and the last one; ..."),
+        (1, ["profile_steps=[9,9]", "train_iters=8"], "profile_steps=[9, 9]: begins after train_iters=8; choose ..."),
         (1, ["profile_steps=[0,3]"], "profile_steps=0: must be at least 1; write for example [10,15]"),
         (
             1,

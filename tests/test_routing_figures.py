@@ -9,13 +9,8 @@ import torch
 
 from malora_dist.config import Config
 from malora_dist.layers.routing_context import SiteStatistics
-from malora_dist.methods.routing import mutual_information
-from malora_dist.metrics.routing import (
-    RoutingReport,
-    effective_share,
-    max_over_mean,
-    variation,
-)
+from malora_dist.methods.routing import effective_share, max_over_mean, mutual_information, variation
+from malora_dist.metrics.routing import RoutingReport
 
 EVEN, ALL_ON_ONE, NONE = [5.0] * 4, [0.0, 20.0, 0.0, 0.0], [0.0] * 4
 

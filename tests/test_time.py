@@ -50,7 +50,7 @@ def test_shares() -> None:
     for rank, memory in enumerate((2.0, 3.0)):
         of_groups = [waits.get(group, (0.0, 0.0))[rank] for group in GROUPS]
         data, evaluation, saving, optimizer = 8.0, 10.0, 4.0, 1.44
-        ranks.append([100.0, 80.0, 8.0, 0.8, data, evaluation, saving, optimizer, *of_groups, memory])
+        ranks.append([100.0, 80.0, 8.0, 0.8, data, evaluation, saving, optimizer, *of_groups, memory, 64.0 + rank])
     found = _metrics(ranks, ["ep", "dp"])
     assert found.scalars == pytest.approx(
         {
@@ -61,6 +61,7 @@ def test_shares() -> None:
     )  # fmt: skip
     assert found.counts[COMPUTE_TAG] == pytest.approx([4.5, 6.3])
     assert found.counts["memory/peak GiB by rank"] == [2.0, 3.0]
+    assert found.counts["positions by rank"] == [64.0, 65.0]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,9 @@ def test_a_starved_expert() -> None:
     assert warnings_of(watch, starving, rules.STARVED_REPORTS - 1) == {}
     assert warnings_of(watch, report(EVEN), 1) == {}
     assert warnings_of(watch, starving, rules.STARVED_REPORTS - 1) == {}, "it had its share in between"
+    assert warnings_of(watch, starving, 1) != {}
+    assert warnings_of(watch, report(EVEN), 1) == {}
+    assert list(warnings_of(watch, starving, 30)) == [rules.STARVED_REPORTS], "once more, as it had passed"
 
 
 def test_an_expert_that_takes_most() -> None:
@@ -73,7 +76,9 @@ def test_a_collapsed_router() -> None:
 
 def test_waiting_for_data() -> None:
     for share, expected in ((0.19, []), (0.25, [rules.DATA_REPORTS])):
-        found = warnings_of(Watch(CONFIG, [0]), report(), 9, Metrics({rules.DATA_SHARE_TAG: share}))
+        found = warnings_of(
+            Watch(CONFIG, [0]), report(), 9, Metrics({"time share/data": share / 2, "time share/evaluation": 0.5})
+        )
         assert list(found) == expected
         assert all(text.startswith("25% of a step is spent waiting for its batch; ") for text in found.values())
 
@@ -90,9 +95,19 @@ def test_waiting_for_data() -> None:
     ],
 )
 def test_a_straggling_rank(stages: list[int], seconds: list[float], slow: int | None) -> None:
-    found = warnings_of(Watch(CONFIG, stages), report(), 9, Metrics(counts={rules.COMPUTE_TAG: seconds}))
+    found = warnings_of(
+        Watch(CONFIG, stages),
+        report(),
+        9,
+        Metrics(counts={rules.COMPUTE_TAG: seconds, rules.POSITIONS_TAG: [9.0] * len(seconds)}),
+    )
     assert list(found) == ([] if slow is None else [rules.STRAGGLER_REPORTS])
     assert all(text.startswith(f"rank {slow} computes ") for text in found.values())
+
+
+def test_longer_samples_make_no_straggler() -> None:
+    counts = {rules.COMPUTE_TAG: [1.0, 3.0, 1.0], rules.POSITIONS_TAG: [100.0, 300.0, 90.0]}
+    assert warnings_of(Watch(CONFIG, [0, 0, 0]), report(), 9, Metrics(counts=counts)) == {}
 
 
 def validate(watch: Watch, training: dict[str, float], losses: dict[str, float], step: int) -> list[str]:
@@ -109,6 +124,16 @@ def test_a_task_learnt_by_heart() -> None:
         "heart; end sooner (early_stopping_patience), lower lr=0.001, or lower its weight"
     ]
     assert validate(watch, {"a": 0.2, "b": 0.8}, {"a": 1.4, "b": 0.7}, 40) == [], "told once"
+
+
+def test_no_seesaw_without_a_winner_and_no_warning_of_trifles() -> None:
+    watch = Watch(CONFIG, [0])
+    for step, loss in ((10, 1.0), (20, 1.1), (30, 1.2)):
+        found = validate(watch, {"a": loss}, {"a": loss, "b": 1e-4 * step}, step)
+    assert found == [
+        "validation loss of a has risen from 1 at iteration 10 to 1.2, and no task gained: training diverges; lower "
+        "lr=0.001"
+    ]
 
 
 def test_a_seesaw() -> None:

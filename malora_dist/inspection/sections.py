@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 
 from malora_dist.inspection.geometry import Geometry, Likeness, mean_of
 from malora_dist.inspection.pictures import Picture, Table, curves, heatmaps
 from malora_dist.inspection.routing import Routed
 from malora_dist.inspection.sizes import Row
 from malora_dist.inspection.source import Adapter
+from malora_dist.methods.routing import STARVED_LOAD, effective_share, max_over_mean
 
 #: What the sides are called: adjective, and what the experts do with the spaces.
 _SIDES = {"down": ("down-projections", "read from"), "up": ("up-projections B", "write to")}
@@ -202,7 +205,7 @@ def routing_section(adapter: Adapter, routed: Routed | str) -> Section:
     }
     intro = (
         f"One forward pass over {samples}. The table has means over the layers: the slots of the busiest expert over "
-        "the mean, the number of experts in effect (exp of the entropy) of all, those with less than a tenth of the "
+        "the mean, the number of experts in effect (exp of the entropy) of all, those with less than 5% of the "
         "mean, and what the expert tells of the task."
     )
     return Section("routing", title, intro, pictures, _balance_table(adapter, routed), numbers=numbers)
@@ -246,17 +249,15 @@ def _information_picture(adapter: Adapter, routed: Routed) -> Picture:
 
 
 def _balance_table(adapter: Adapter, routed: Routed) -> Table:
-    shares = routed.shares.mean(axis=0)  # [layers, projections, N]
-    count = shares.shape[-1]
-    logs = np.log(np.where(shares > 0, shares, 1.0))
-    effective = np.exp(-(shares * logs).sum(axis=-1)) / count
-    dead = (shares < 0.1 / count).mean(axis=(0, 2))
+    shares = torch.from_numpy(routed.shares.mean(axis=0))  # [layers, projections, N]
+    starved = (shares < STARVED_LOAD / shares.shape[-1]).double().mean(dim=(0, 2))
     rows = []
     for i, p in enumerate(adapter.spec.projections):
-        load = shares[:, i].max(axis=-1) * count
+        loads = [max_over_mean(load_N) for load_N in shares[:, i]]
+        effective = [effective_share(load_N) for load_N in shares[:, i]]
         bits = _text(routed.information[:, i].mean()) if len(routed.tasks) > 1 else "one task"
         rows.append(
-            [p, f"{load.mean():.2f}", f"{load.max():.2f}", f"{effective[:, i].mean():.0%}", f"{dead[i]:.0%}", bits]
+            [p, f"{fmean(loads):.2f}", f"{max(loads):.2f}", f"{fmean(effective):.0%}", f"{starved[i]:.0%}", bits]
         )
     header = [
         "projection",

@@ -5,6 +5,7 @@ Shape suffixes: see base.py.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -94,3 +95,25 @@ def mutual_information(slots_JN: Tensor) -> Tensor:
     mean_1N = shares_JN.sum(dim=-2, keepdim=True) / tasks
     ratio_JN = torch.where(shares_JN > 0, shares_JN / mean_1N, 1.0)
     return (shares_JN * ratio_JN.log2() / tasks).sum(dim=(-1, -2))
+
+
+#: An expert is starved below this part of an even load.
+STARVED_LOAD = 0.05
+
+
+def max_over_mean(load_N: Tensor) -> float:
+    """Load of the busiest expert over the mean load: 1 is even, N is all on one expert."""
+    return float(load_N.max() / load_N.mean()) if load_N.any() else 1.0
+
+
+def variation(load_N: Tensor) -> float:
+    """Coefficient of variation, the loads' standard deviation over their mean: 0 is even, sqrt(N - 1) all on one."""
+    return float(load_N.std(correction=0) / load_N.mean()) if load_N.any() else 0.0
+
+
+def effective_share(load_N: Tensor) -> float:
+    """exp(H) / N with the entropy H of the load's distribution: 1 is even, 1 / N all on one expert."""
+    if not load_N.any():
+        return 1.0
+    share_N = load_N / load_N.sum()
+    return math.exp(-float(torch.xlogy(share_N, share_N).sum())) / len(load_N)

@@ -5,7 +5,6 @@ Shape suffixes: see methods/base.py; J tasks.
 
 from __future__ import annotations
 
-import math
 import statistics as stats
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from malora_dist.config import Config
 from malora_dist.layers.routing_context import RoutingContext, SiteStatistics
-from malora_dist.methods.routing import mutual_information
+from malora_dist.methods.routing import effective_share, max_over_mean, mutual_information, variation
 from malora_dist.metrics.loggers.base import Metrics, Table
 from malora_dist.parallel.topology import Topology
 
@@ -48,24 +47,6 @@ def reduce_statistics(context: RoutingContext, topology: Topology) -> dict[str, 
     stages: list[dict[str, SiteStatistics]] = [{} for _ in range(topology.pp_size)]
     dist.all_gather_object(stages, stage, group=topology.pp_group)
     return {site: statistics for part in stages for site, statistics in part.items()}
-
-
-def max_over_mean(load_N: Tensor) -> float:
-    """Load of the busiest expert over the mean load: 1 is even, N is all on one expert."""
-    return float(load_N.max() / load_N.mean()) if load_N.any() else 1.0
-
-
-def variation(load_N: Tensor) -> float:
-    """Coefficient of variation, the loads' standard deviation over their mean: 0 is even, sqrt(N - 1) all on one."""
-    return float(load_N.std(correction=0) / load_N.mean()) if load_N.any() else 0.0
-
-
-def effective_share(load_N: Tensor) -> float:
-    """exp(H) / N with the entropy H of the load's distribution: 1 is even, 1 / N all on one expert."""
-    if not load_N.any():
-        return 1.0
-    share_N = load_N / load_N.sum()
-    return math.exp(-float(torch.xlogy(share_N, share_N).sum())) / len(load_N)
 
 
 class RoutingReport:
@@ -136,19 +117,16 @@ class RoutingReport:
 
         Loads are relative to an even one: 1 is even. The columns of tasks' loads are called ``LAYER.EXPERT``.
         """
-        tables = {}
-        for projection, sites in self._grid().items():
-            layers, experts = [str(layer) for layer in sites], range(self._config.num_experts)
+        tables, grid, experts = {}, self._grid(), range(self._config.num_experts)
+        layers = [str(layer) for layer in next(iter(grid.values()))]
+        for projection, sites in grid.items():
             loads = [_relative(self._load_N[site]).tolist() for site in sites.values()]
             tables[f"malora/load/{projection}"] = Table(layers, [str(e) for e in experts], loads)
             of_tasks = torch.cat([_relative(self.counts_JN[site]) for site in sites.values()], dim=1)
             columns = [f"{layer}.{e}" for layer in layers for e in experts]
             tables[f"malora/load of tasks/{projection}"] = Table(self._task_names, columns, of_tasks.tolist())
-        bits = [
-            [float(mutual_information(self.counts_JN[site])) for site in sites.values()]
-            for sites in self._grid().values()
-        ]
-        tables["malora/task information"] = Table(list(self._grid()), layers, bits)
+        bits = [[float(mutual_information(self.counts_JN[site])) for site in sites.values()] for sites in grid.values()]
+        tables["malora/task information"] = Table(list(grid), layers, bits)
         return tables
 
     def _grid(self) -> dict[str, dict[int, str]]:

@@ -7,6 +7,7 @@ Shape suffixes: see methods/base.py; J tasks.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -14,16 +15,15 @@ import torch
 from torch import Tensor
 
 from malora_dist.config import Config
+from malora_dist.methods.routing import STARVED_LOAD, effective_share
 from malora_dist.metrics.loggers.base import Metrics
-from malora_dist.metrics.routing import RoutingReport, effective_share
+from malora_dist.metrics.routing import RoutingReport
 
 #: Reports in a row. Starting routers wander, so a starved expert gets more time.
 STARVED_REPORTS = 10
 ROUTING_REPORTS = 5
 DATA_REPORTS = 3
 STRAGGLER_REPORTS = 5
-#: An expert is starved below this part of an even load.
-STARVED_LOAD = 0.05
 #: An expert takes most tokens above this share of them.
 MOST_TOKENS = 0.9
 #: A router has collapsed where it uses the topk experts that it must and less than this part of the others.
@@ -34,13 +34,15 @@ COLLAPSED_SITES = 0.5
 FEWEST_SLOTS = 20
 DATA_WAIT = 0.2
 STRAGGLER = 1.3
-#: Evaluations in a row in which a task's validation loss is this part above its best.
+#: Evaluations in a row in which a task's validation loss is above its best by this part of it, and by so much.
 RISING_EVALUATIONS = 2
 RISEN = 0.05
+RISEN_AT_LEAST = 0.02
 
 #: Tags of others that are watched.
-DATA_SHARE_TAG = "time share/data"
+SHARE_TAG = "time share/"
 COMPUTE_TAG = "compute seconds by rank"
+POSITIONS_TAG = "positions by rank"
 
 
 class _Lasting:
@@ -55,7 +57,7 @@ class _Lasting:
 
 
 class Watch:
-    """Warns.
+    """Warns. It remembers this start of a run only: what lasted before a restart has to last anew.
 
     Args:
         stages: the pipeline stage of each rank; the work of ranks of one stage is alike.
@@ -117,8 +119,9 @@ class Watch:
             before_N = self._starved.get(site, torch.zeros_like(load_N))
             self._starved[site] = now_N = (before_N + 1) * (load_N < STARVED_LOAD * load_N.mean())
             starved += [f"expert {e} of {site}" for e in (now_N >= STARVED_REPORTS).nonzero().flatten().tolist()]
-        if len(starved) >= max(2 * self._told_starved, 1):
-            self._told_starved = len(starved)
+        worse = len(starved) >= max(2 * self._told_starved, 1)
+        self._told_starved = len(starved) if worse else min(self._told_starved, len(starved))
+        if worse:
             experts = len(loads) * self._config.num_experts
             yield (
                 f"{len(starved)} of {experts} experts have had less than {STARVED_LOAD:.0%} of an even load in "
@@ -129,59 +132,72 @@ class Watch:
     # ---- time
 
     def _of_time(self, metrics: Metrics) -> Iterator[str]:
-        share = metrics.scalars.get(DATA_SHARE_TAG, 0.0)
+        outside = sum(metrics.scalars.get(f"{SHARE_TAG}{name}", 0.0) for name in ("evaluation", "saving", "rest"))
+        share = metrics.scalars.get(f"{SHARE_TAG}data", 0.0) / max(1 - outside, 1e-9)
         if self._data.see(share > DATA_WAIT):
             yield (
                 f"{share:.0%} of a step is spent waiting for its batch; put the data on a faster disk, or give every "
                 "process a CPU core of its own"
             )
-        seconds = metrics.counts.get(COMPUTE_TAG, [])
-        for rank, (own, stage) in enumerate(zip(seconds, self._stages, strict=False)):
-            alike = [s for s, other in zip(seconds, self._stages, strict=False) if other == stage]
-            usual = statistics.median_low(alike)
+        yield from self._straggling(metrics.counts.get(COMPUTE_TAG, []), metrics.counts.get(POSITIONS_TAG, []))
+
+    def _straggling(self, seconds: Sequence[float], positions: Sequence[float]) -> Iterator[str]:
+        """Of the seconds for as much work: a rank with longer samples is not slow."""
+        pace = [s / max(work, 1.0) for s, work in zip(seconds, positions, strict=True)]
+        for rank, own in enumerate(pace):
+            usual = statistics.median_low(
+                [p for p, stage in zip(pace, self._stages, strict=True) if stage == self._stages[rank]]
+            )
             if self._stragglers[rank].see(own > STRAGGLER * usual):
                 yield (
-                    f"rank {rank} computes {own / usual:.1f} times as long as is usual ({own:.3g} against {usual:.3g} "
-                    "s a step), and all wait for it; look for another program on its machine, heat or a slower device"
+                    f"rank {rank} computes {own / usual:.1f} times as long as is usual for as many tokens "
+                    f"({seconds[rank]:.3g} s in this step), and all wait for it; look for another program on its "
+                    "machine, heat or a slower device"
                 )
 
 
 class _Seesaw:
-    """A task whose validation loss has risen from its best, although it is trained on."""
+    """A task whose validation loss has risen from its best."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._training: dict[str, float] = {}  # {task: its last training loss}
+        self._reports: dict[str, list[float]] = {}  # {task: its training losses since the last evaluation}
+        self._training: dict[str, float] = {}  # {task: their mean before the last evaluation}
         self._best: dict[str, tuple[float, int, float]] = {}  # {task: (validation loss, step, training loss then)}
         self._rising: dict[str, _Lasting] = {}
 
     def trained(self, scalars: Mapping[str, float]) -> None:
-        self._training |= _of_tasks(scalars, "lm loss/")
+        for task, loss in _of_tasks(scalars, "lm loss/").items():
+            self._reports.setdefault(task, []).append(loss)
 
     def evaluated(self, scalars: Mapping[str, float], step: int) -> list[str]:
-        losses, risen, at_best = _of_tasks(scalars, "lm loss validation/"), {}, []
+        self._training |= {task: statistics.fmean(losses) for task, losses in self._reports.items()}
+        self._reports.clear()
+        losses, risen, at_best = _of_tasks(scalars, "lm loss validation/"), [], []
         for task, loss in losses.items():
-            best, _, _ = self._best.get(task, (float("inf"), 0, 0.0))
+            best, _, _ = self._best.get(task, (math.inf, 0, 0.0))
             if loss < best:
-                self._best[task] = (loss, step, self._training.get(task, float("inf")))
+                self._best[task] = (loss, step, self._training.get(task, math.inf))
                 at_best.append(task)
-            if self._rising.setdefault(task, _Lasting(RISING_EVALUATIONS)).see(loss > best * (1 + RISEN)):
-                risen[task] = loss
-        return [self._text(task, loss, at_best) for task, loss in risen.items()]
+            has_risen = loss > best + max(RISEN * best, RISEN_AT_LEAST)
+            if self._rising.setdefault(task, _Lasting(RISING_EVALUATIONS)).see(has_risen):
+                risen.append(task)
+        return [self._text(task, losses[task], at_best) for task in risen]
 
     def _text(self, task: str, loss: float, at_best: Sequence[str]) -> str:
         best, step, training = self._best[task]
         what = f"validation loss of {task} has risen from {best:.3g} at iteration {step} to {loss:.3g}"
-        if self._training.get(task, float("inf")) < training:
+        if self._training.get(task, math.inf) < training:
             return (
                 f"{what} while its training loss falls: it is learnt by heart; end sooner (early_stopping_patience), "
                 f"lower lr={self._config.lr:g}, or lower its weight"
             )
-        gains = f" while {_first(at_best)} gained" if at_best else ""
-        return (
-            f"{what}{gains}, a seesaw: tasks compete; raise its weight, lower lr={self._config.lr:g}, or give them "
-            "room (num_lora_experts, lora_rank)"
-        )
+        if at_best:
+            return (
+                f"{what} while {_first(at_best)} gained, a seesaw: tasks compete; raise its weight, lower "
+                f"lr={self._config.lr:g}, or give them room (num_lora_experts, lora_rank)"
+            )
+        return f"{what}, and no task gained: training diverges; lower lr={self._config.lr:g}"
 
 
 def _of_tasks(scalars: Mapping[str, float], prefix: str) -> dict[str, float]:

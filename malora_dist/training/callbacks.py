@@ -87,6 +87,9 @@ class Callback:
     def after_step(self, step: Step) -> None:
         """Called when a step is done."""
 
+    def after_last_step(self, iteration: int) -> None:
+        """Called when a run ends after this iteration, not where an error ends it."""
+
     def on_error(self) -> None:
         """Called when an error that all ranks have met ends the run."""
 

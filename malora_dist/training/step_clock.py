@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from malora_dist.metrics.loggers.base import Metrics
 from malora_dist.metrics.traffic import GROUPS
-from malora_dist.metrics.watch import COMPUTE_TAG, DATA_SHARE_TAG
+from malora_dist.metrics.watch import COMPUTE_TAG, POSITIONS_TAG, SHARE_TAG
 from malora_dist.parallel.device import peak_memory
 from malora_dist.parallel.timing import Spans
 from malora_dist.parallel.topology import Topology
@@ -31,14 +31,17 @@ class StepClock:
 
     Attributes:
         spans: of the last recorded step: the optimizer, and the waits for each process group.
+        positions: of this rank's microbatches of the last step, padding included: its work.
     """
 
     def __init__(self, topology: Topology) -> None:
         self._topology = topology
         self.spans = Spans(topology.device)
+        self.positions = 0
         self._is_recording = False
         self._seconds: defaultdict[str, float] = defaultdict(float)  # of regions and of steps, since the last report
         self._recorded_step = self._recorded_data = 0.0
+        self._recorded_positions = 0
         self._step_began = self._data_before = 0.0
         self.restart()
 
@@ -79,6 +82,7 @@ class StepClock:
         self._seconds["step"] += seconds
         if self._is_recording:
             self._recorded_step, self._recorded_data = seconds, self._seconds["data"] - self._data_before
+            self._recorded_positions = self.positions
         self._is_recording = False
         return seconds
 
@@ -91,7 +95,7 @@ class StepClock:
         device = self._topology.device
         mine = [time.perf_counter() - self._began, seconds["step"], self._recorded_step, self._recorded_data]
         mine += [seconds[name] for name in _ALWAYS] + [spans.get(name, 0.0) for name in _RECORDED]
-        mine.append(peak_memory(device) / _GIB)
+        mine += [peak_memory(device) / _GIB, float(self._recorded_positions)]
         self.restart()
         vector = torch.tensor(mine, dtype=torch.float64, device=device)
         ranks = torch.empty(self._topology.world_size, len(mine), dtype=torch.float64, device=device)
@@ -107,7 +111,7 @@ class StepClock:
 
 def _metrics(ranks: list[list[float]], groups: list[str]) -> Metrics:
     """The figures of what every rank has noted, see :meth:`StepClock.report`."""
-    names = ("whole", "step", "recorded step", "recorded data", *_ALWAYS, *_RECORDED, "memory")
+    names = ("whole", "step", "recorded step", "recorded data", *_ALWAYS, *_RECORDED, "memory", "positions")
     by_name = dict(zip(names, zip(*ranks, strict=True), strict=True))
     total = {name: sum(values) for name, values in by_name.items()}
     shares = {name: total[name] / total["whole"] for name in _ALWAYS}
@@ -120,12 +124,12 @@ def _metrics(ranks: list[list[float]], groups: list[str]) -> Metrics:
     shares["rest"] = 1 - in_steps - sum(shares[name] for name in _ALWAYS)
     waits = [sum(waits) for waits in zip(*(by_name[group] for group in GROUPS), strict=True)]
     parts_of_ranks = zip(by_name["recorded step"], by_name["recorded data"], waits, strict=True)
-    scalars = {f"time share/{name}": share for name, share in shares.items()}
-    assert DATA_SHARE_TAG in scalars, "the watch follows it"
+    scalars = {f"{SHARE_TAG}{name}": share for name, share in shares.items()}
     return Metrics(
         scalars | {"memory/peak GiB": max(by_name["memory"])},
         {
             COMPUTE_TAG: [step - data - wait for step, data, wait in parts_of_ranks],
+            POSITIONS_TAG: list(by_name["positions"]),
             "memory/peak GiB by rank": list(by_name["memory"]),
         },
     )

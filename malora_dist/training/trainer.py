@@ -170,7 +170,7 @@ class Trainer:
             check = self.replicas.check
             callbacks.append(Save(config, logger, writer, self.trained, self.best, ending, check, self.progress))
         if config.profile_steps:
-            callbacks.insert(0, Profile(config, self.topology, self.context, ending))
+            callbacks.insert(0, Profile(config, self.topology, self.context))
         return callbacks
 
     def _make_writer(self) -> CheckpointWriter:
@@ -212,6 +212,8 @@ class Trainer:
                     for callback in self.callbacks:
                         callback.on_error()
                     raise
+            for callback in self.callbacks:
+                callback.after_last_step(self.trained.iteration)
             if self.ending.reason:
                 self.logger.message(f"ends after iteration {self.trained.iteration}: {self.ending.reason}")
             if self.best.value is not None:
@@ -236,6 +238,7 @@ class Trainer:
         with self.clock.region("data"):
             microbatches = self.batches.train(trained.consumed_samples)
             counts = self.batches.global_token_counts(microbatches)
+        self.clock.positions = sum(microbatch.tokens_BS.numel() for microbatch in microbatches)
         self._seed_step(trained.iteration)
         # megatron divides all gradients by the answer tokens of the global batch; the auxiliary
         # loss shall be a mean over its microbatches, those of padding left out.
