@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from malora_dist.checkpoint.base import staged_directory
 from malora_dist.errors import CheckpointError, ConfigError
@@ -204,6 +207,7 @@ def facts_of(adapter: Adapter, base_parameters: int | None) -> dict[str, str]:
     facts["Files"] = adapter.condition
     if names := _data_names(adapter.run):
         facts["Trained on"] = ", ".join(names)
+    facts["This page"] = f"made {datetime.date.today()} with torch {torch.__version__}"
     return facts
 
 
