@@ -45,18 +45,21 @@ _RETIRED = {
 }
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path | None, overrides: Sequence[str] = (), may_include: bool = True) -> Config:
     """Read a YAML file and apply ``key=value`` overrides; ``data[1].weight=2`` reaches into the tasks.
 
     Relative paths in the file and on the command line are taken as they are, from the working
     directory.
+
+    Args:
+        may_include: whether the file may lead to others; that of a checkpoint, which may come from anywhere, may not.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value of the wrong type, or one that would be read
             from the environment, which could be a secret and would be saved with the run.
     """
     config = OmegaConf.structured(Config)
-    for key, value in _read_yaml(Path(path)).items() if path is not None else ():
+    for key, value in _read_yaml(Path(path), may_include).items() if path is not None else ():
         _assign(config, str(key), value)
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -73,7 +76,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return loaded
 
 
-def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
+def _read_yaml(file: Path, may_include: bool = True, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
     """The top level of a YAML file, on top of that of the file it may ``include``; ``${...}`` unresolved.
 
     Args:
@@ -99,6 +102,8 @@ def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
         raise ConfigError("--config", str(file), "holds a list", "write `key: value` lines")
     if "include" not in loaded:
         return loaded
+    if not may_include:
+        raise ConfigError("include", str(loaded["include"]), f"must not stand in {file}", "take it out")
     included = file.parent / str(loaded.pop("include"))
     if not is_regular_file(included):
         raise ConfigError("include", str(included), f"is not a file, but {file} names it", "write it relative to there")
@@ -107,7 +112,7 @@ def _read_yaml(file: Path, includers: tuple[Path, ...] = ()) -> dict[Any, Any]:
         raise ConfigError("include", str(included), "leads back to itself", f"take it out of {file}")
     if len(chain) > _MOST_INCLUDES:
         raise ConfigError("include", str(included), f"is included through {len(chain)} files", "join some of them")
-    return _read_yaml(included, chain) | loaded
+    return _read_yaml(included, may_include, chain) | loaded
 
 
 def _parse_value(key: str, text: str) -> Any:

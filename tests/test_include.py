@@ -49,3 +49,12 @@ def test_a_wrong_key_of_the_included_file_is_named(tmp_path: Path) -> None:
     write(tmp_path / "all.yaml", "lora_rnk: 4\n")
     with pytest.raises(ConfigError, match="lora_rnk=4: is not a config key"):
         load_config(write(tmp_path / "run.yaml", "include: all.yaml\n"))
+
+
+def test_a_checkpoints_config_leads_nowhere_else(tmp_path: Path) -> None:
+    """A crafted one could make a run read any file of its machine."""
+    run = write(tmp_path / "config.yaml", f"include: {tmp_path / 'secret.yaml'}\n")
+    write(tmp_path / "secret.yaml", "lr: 1.0\n")
+    assert load_config(run).lr == 1.0
+    with pytest.raises(ConfigError, match=r"include='.*secret.yaml': must not stand in .*config.yaml; take it out"):
+        load_config(run, may_include=False)

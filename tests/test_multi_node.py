@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -311,7 +312,7 @@ def hosts() -> Iterator[list[Host]]:
 def launch(host: Host, arguments: list[str], output: Path, **variables: str) -> subprocess.Popen[bytes]:
     """Start train.sh on a host, its stdout and stderr in a file."""
     command = ["ip", "netns", "exec", host.namespace, "bash", str(ROOT / "launch" / "train.sh"), *arguments]
-    settings = environment(NNODES="2", NPROC_PER_NODE="1", GLOO_SOCKET_IFNAME=host.interface, **variables)
+    settings = environment(**{"NNODES": "2", "NPROC_PER_NODE": "1", "GLOO_SOCKET_IFNAME": host.interface} | variables)
     with output.open("wb") as file:
         return subprocess.Popen(command, env=settings, stdout=file, stderr=file)
 
@@ -356,3 +357,50 @@ def test_two_hosts(
     assert sum("2 x cpu (gloo)" in text and "EP 2" in text for text in texts) == 1, "one of the two writes the log"
     # Seen: 2.5 MB each way, nearly all of it tokens on their way to experts and back.
     assert min(received) > 500_000, f"{received} bytes crossed the link: the ranks found another way"
+
+
+def test_a_host_whose_network_goes_down(
+    hosts: list[Host], workers: WorkerPool, base_dir: Path, task_files: list[Path], tmp_path: Path
+) -> None:
+    """No packet says that it is gone: the other goes on alone. When the network is back the two go on together."""
+    settings = overrides(
+        base_dir, task_files, "eval_iters=0", "train_iters=3000", "log_interval=1", f"save={tmp_path / 'save'}",
+        "save_interval=5", "distributed_timeout_minutes=0.2",
+    )  # fmt: skip
+    config = tmp_path / "run.yaml"
+    config.touch()
+    outputs = [tmp_path / f"{host.namespace}.log" for host in hosts]
+
+    def count(pattern: str) -> int:
+        return sum(len(re.findall(pattern, output.read_text())) for output in outputs)
+
+    def wait_for(pattern: str, times: int) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while count(pattern) < times:
+            assert time.monotonic() < deadline, "\n".join(output.read_text() for output in outputs)
+            time.sleep(0.1)
+
+    agents = [
+        launch(host, [str(config), *settings], output, NNODES="1:2", MASTER_ADDR=hosts[0].address)
+        for host, output in zip(hosts, outputs, strict=True)
+    ]
+    wait_for(r"2 x cpu \(gloo\)", 1)
+    wait_for("saved ", 1)
+    ip("-netns", hosts[1].namespace, "link", "set", hosts[1].interface, "down")
+    wait_for(r"1 x cpu \(gloo\)", 1)
+    steps = count("iteration ")
+    wait_for("iteration ", steps + 5)
+    ip("-netns", hosts[1].namespace, "link", "set", hosts[1].interface, "up")
+    wait_for(r"2 x cpu \(gloo\)", 2)
+    steps = count("iteration ")
+    wait_for("iteration ", steps + 5)
+    for agent in agents:
+        agent.terminate()
+    assert [agent.wait(TIMEOUT) for agent in agents] == [128 + signal.SIGTERM] * 2
+    logged = [
+        line for output in outputs for line in re.findall(r"iteration +(\d+)/3000 \| lm loss (\S+)", output.read_text())
+    ]
+    expected = dict(workers.run("train_with_cli", 1, overrides=[*settings[:-3], "exit_interval=20"])[0])
+    for iteration, loss in logged:
+        # Of the same global batches, summed in another order where the ranks are two.
+        assert float(loss) == pytest.approx(expected.get(int(iteration), float(loss)), rel=1e-3)

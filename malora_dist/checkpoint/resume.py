@@ -21,7 +21,7 @@ def config_differences(start: Start, config: Config) -> list[str]:
     if not file.is_file():
         return []  # an import has no run
     try:
-        saved = _flat(load_config(file))
+        saved = _flat(load_config(file, may_include=False))
     except ConfigError as error:
         return [f"{file} cannot be compared: {error}"]
     now = _flat(config)

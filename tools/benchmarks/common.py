@@ -83,6 +83,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         print("  ".join((first, *rest)).rstrip())
 
 
+def command_of(script: str) -> str:
+    """The command line that runs, from the project's root; of absolute paths the last part, as others lie elsewhere."""
+    file = Path(script).resolve()
+    options = [Path(option).name if Path(option).is_absolute() else option for option in sys.argv[1:]]
+    return f"python tools/{file.parent.name}/{file.name} {shlex.join(options)}".strip()
+
+
 def write_results(script: str, figures: Mapping[str, Any], *packages: str, output: Path | None = None) -> None:
     """Write ``results/<script>.json``: date, command (of absolute paths the last part), machine, then ``figures``.
 
@@ -93,9 +100,8 @@ def write_results(script: str, figures: Mapping[str, Any], *packages: str, outpu
     """
     file = output or RESULTS / f"{Path(script).stem}.json"
     file.parent.mkdir(exist_ok=True)
-    options = [Path(option).name if Path(option).is_absolute() else option for option in sys.argv[1:]]
-    command = f"python tools/benchmarks/{Path(script).name} {shlex.join(options)}".strip()
-    content = {"date": datetime.date.today().isoformat(), "command": command, **machine(*packages), **figures}
+    content = {"date": datetime.date.today().isoformat(), "command": command_of(script), **machine(*packages)}
+    content |= figures
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import math
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from common import machine
+from common import command_of, machine
 
 #: Colours that people with any colour vision tell apart (Okabe and Ito), one per cell throughout.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#F0E442", "#000000")
@@ -37,7 +36,7 @@ class Report:
         self._text = [f"# {title}", ""]
         self._content: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
-            "command": f"python tools/paper/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip(),
+            "command": command_of(sys.argv[0]),
             "commit": _commit(),
             **machine("megatron-core", "transformers", "peft"),
             "settings": settings,
