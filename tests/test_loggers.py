@@ -7,7 +7,9 @@ import dataclasses
 import importlib.util
 import io
 import re
+import socket
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from malora_dist.config import Config
 from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError
-from malora_dist.metrics.loggers.base import Logger, Metrics, RunDescription, Table, make_loggers
+from malora_dist.metrics.loggers.base import Logger, Metrics, RunDescription, Table, check_loggers, make_loggers
+from malora_dist.metrics.loggers.mlflow import PATIENCE
 from malora_dist.metrics.loggers.service import RunId, ServiceLogger
 from malora_dist.metrics.pictures import draw
 from malora_dist.metrics.tensorboard_layout import charts
@@ -224,7 +227,7 @@ def test_mlflow_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (run,) = client.search_runs([client.get_experiment_by_name("some name").experiment_id])
     assert (run.info.run_name, run.info.status) == ("save", "FINISHED")
     assert (run.data.params["lr"], run.data.params["world_size"]) == ("0.125", "2")
-    assert run.data.metrics == {"lm loss": 2.5, "lm loss/b _c_": 2.25, "malora/balance/p90": 1.5}
+    assert run.data.metrics == {"lm loss": 2.5, "lm loss/b _28_c_29_": 2.25, "malora/balance/p90": 1.5}
     assert [m.step for m in client.get_metric_history(run.info.run_id, "lm loss")] == [1, 6]
     files = Path(run.info.artifact_uri)
     assert len(list(files.glob("images/*.png"))) == 2 * 3
@@ -241,7 +244,48 @@ def test_a_missing_package_is_an_error_that_names_the_extra(extra: str, monkeypa
     with pytest.raises(
         ConfigError, match=rf"^loggers='{extra}': needs the extra {extra} .*pip install .*\.\[{extra}\]"
     ):
-        make_loggers(Config(loggers=[extra]))
+        check_loggers(Config(loggers=[extra]))
+
+
+@needs("mlflow")
+def test_an_mlflow_server_that_hangs_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are taken, nothing is ever answered. The real limits end long before the other ranks' wait."""
+    seconds, retries, factor, _ = PATIENCE.values()
+    assert seconds * (1 + retries) + factor * 2**retries < 60 * Config().distributed_timeout_minutes / 4
+    for name in PATIENCE:
+        monkeypatch.setenv(name, "is put back after the test")
+        monkeypatch.delenv(name)
+    for name, value in zip(PATIENCE, (1, 0, 0), strict=False):
+        monkeypatch.setitem(PATIENCE, name, value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=rf"^mlflow_tracking_uri='{uri}': does not answer \(.*\); name another"):
+            report(config_of(tmp_path, "mlflow", mlflow_tracking_uri=uri))
+        assert time.monotonic() - began < 20
+
+
+@needs("mlflow")
+def test_mlflow_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password is refused and not shown; a database has it in the environment, for want of another place."""
+
+    def refused(uri: str) -> str:
+        with pytest.raises(ConfigError, match=r"holds a password") as error:
+            check_loggers(Config(loggers=["mlflow"], mlflow_tracking_uri=uri))
+        return str(error.value)
+
+    for uri in ("https://me:secret@host/x", "https://me:sec/secret@x@host:5000", "http://:1secret@host"):
+        assert re.match(r"mlflow_tracking_uri='https?://\*\*\*@host.*MLFLOW_TRACKING_PASSWORD", refused(uri))
+        assert "secret" not in refused(uri)
+    assert "set MLFLOW_TRACKING_URI in" in refused("postgresql://me:secret@host/db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host")
+    assert "secret" not in refused("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host/db")
+    for uri in ("", "databricks", "databricks://profile", "https://me@host:5000", "sqlite:///a:b@c.db", "arn:aws:x"):
+        check_loggers(Config(loggers=["mlflow"], mlflow_tracking_uri=uri))
+    for uri in ("runs", "/a/b", "file:///a"):
+        with pytest.raises(ConfigError, match="is a directory"):
+            check_loggers(Config(loggers=["mlflow"], mlflow_tracking_uri=uri))
 
 
 def test_a_service_that_fails_does_not_end_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,7 @@ from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.metrics.watch import Watch
 from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.collectives import on_one_rank
 from malora_dist.parallel.device import device_name
 from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
@@ -151,7 +152,7 @@ class Trainer:
         writer = self._make_writer() if config.save else None  # refuses before anything is written
         self.clock, self.traffic = StepClock(topology), TrafficCounter(topology)
         self.flops = step_flops(self.hf, config, "grouped")  # what a token asks for, whatever form computes it
-        self.logger = make_loggers(config) if topology.is_writer else Loggers()
+        self.logger = on_one_rank(topology.is_writer, lambda: make_loggers(config)) or Loggers()
         self.callbacks = self._make_callbacks(writer)
 
     def _make_callbacks(self, writer: CheckpointWriter | None) -> list[Callback]:
@@ -193,7 +194,8 @@ class Trainer:
         with contextlib.closing(self.logger), self.signals, heartbeat, bar:
             for callback in self.callbacks:
                 callback.before_first_step(self.trained.iteration)
-            self.logger.begin(self._describe())
+            run = self._describe()
+            on_one_rank(self.topology.is_writer, lambda: self.logger.begin(run))
             for text in self._introduction():
                 self.logger.message(text)
             self.clock.restart()

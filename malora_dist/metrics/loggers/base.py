@@ -60,6 +60,14 @@ class Logger:
     """What the trainer reports to; a logger overrides what it has a place for."""
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        """What every rank can find before the run begins; writes nothing and asks no server.
+
+        Raises:
+            ConfigError: the logger cannot work with these settings, or a package is missing.
+        """
+
+    @classmethod
     def create(cls, config: Config) -> Self | None:
         """The logger of a run, or None where the config leaves it nowhere to write.
 
@@ -124,11 +132,22 @@ def has_failed() -> bool:
     return sys.exc_info()[0] is not None
 
 
+def check_loggers(config: Config) -> None:
+    """See :meth:`Logger.check`, of all loggers that the config names.
+
+    Raises:
+        ConfigError: one is unknown, or cannot work.
+    """
+    for name in dict.fromkeys(config.loggers):
+        LOGGERS[name].check(config)
+
+
 def make_loggers(config: Config) -> Loggers:
     """The loggers that the config names.
 
     Raises:
-        ConfigError: one is unknown, or cannot write.
+        ConfigError: one is unknown, cannot work, or cannot write.
     """
+    check_loggers(config)
     made = [LOGGERS[name].create(config) for name in dict.fromkeys(config.loggers)]
     return Loggers([logger for logger in made if logger is not None])

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from malora_dist.config import Config
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, first_line
 from malora_dist.metrics.loggers.base import LOGGERS, Metrics, RunDescription, has_failed
-from malora_dist.metrics.loggers.service import RunId, ServiceLogger, first_line, import_extra
+from malora_dist.metrics.loggers.service import RunId, ServiceLogger, check_extra, import_extra
 
 #: The axis of all figures; wandb's own step cannot go back, which a run does that goes on from a checkpoint.
 STEP = "iteration"
@@ -27,6 +27,10 @@ class WandbLogger(ServiceLogger):
     """Writes to a run of wandb; one that goes on from a checkpoint in `save` adds to its former run."""
 
     name = "wandb"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_extra("wandb", "wandb")
 
     @classmethod
     def create(cls, config: Config) -> Self:
