@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import math
 import re
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,10 +25,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from malora_dist.config import Config
 from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError
-from malora_dist.metrics.loggers.base import Logger, Metrics, RunDescription, Table, check_loggers, make_loggers
+from malora_dist.metrics.loggers.base import Logger, Loggers, Metrics, RunDescription, check_loggers, make_loggers
 from malora_dist.metrics.loggers.mlflow import PATIENCE
 from malora_dist.metrics.loggers.service import RunId, ServiceLogger
+from malora_dist.metrics.loggers.tensorboard import TensorBoardLogger
 from malora_dist.metrics.pictures import draw
+from malora_dist.metrics.report_file import Table
 from malora_dist.metrics.tensorboard_layout import charts
 
 FIGURES = {"lm loss": 2.5, "lm loss/b (c)": 2.25, "malora/balance/p90": 1.5}
@@ -53,7 +57,7 @@ def tables(layers: int = 2, experts: int = 4) -> dict[str, Table]:
 
 
 def run_of(config: Config, **changes: object) -> RunDescription:
-    run = RunDescription(config, "a banner", {"P": 7}, ["a", "b (c)"], 2, "cpu", 0)
+    run = RunDescription(config, "a banner", {"P": 7}, ["a", "b (c)"], 2, "cpu", 0, evaluated=["a"])
     return dataclasses.replace(run, **changes)  # type: ignore[arg-type]
 
 
@@ -137,18 +141,82 @@ def test_charts_are_of_figures_that_the_run_has() -> None:
 
     learning, experts, speed, resources = titles(Config())
     assert titles(Config()) == {learning: 3, experts: 6, speed: 4, resources: 2}
-    assert titles(Config(), tasks=["a"], world_size=1, device="a GPU") == {
+    assert titles(Config(), tasks=["a"], world_size=1, peak_tflops=1.0) == {
         learning: 3,
         experts: 5,
         speed: 5,
         resources: 1,
     }
-    assert titles(Config(method="lora", eval_iters=0)) == {learning: 1, speed: 4, resources: 2}
+    assert titles(Config(method="lora"), evaluated=[]) == {learning: 1, speed: 4, resources: 2}
     tags = [chart.tags for found in charts(run_of(Config())).values() for chart in found]
     assert [tag for tag in tags if re.match(tag, "lm loss")] == [r"lm loss(/.*)?$"]
 
 
+def test_a_run_that_goes_on_takes_the_place_of_the_steps_it_makes_again(tmp_path: Path) -> None:
+    for iteration, losses in ((0, {10: 1.0, 20: 0.9, 30: 0.8}), (10, {20: 0.7})):
+        logger = make_loggers(config_of(tmp_path, "tensorboard"))
+        logger.begin(run_of(Config(), iteration=iteration))
+        for step, loss in losses.items():
+            logger.log(Metrics({"lm loss": loss}), step)
+        logger.close()
+    events = read_events(tmp_path / "tensorboard").Scalars("lm loss")
+    assert [(event.step, round(event.value, 3)) for event in events] == [(10, 1.0), (20, 0.7)]
+
+
+def test_a_run_that_replaces_another_removes_its_reports_and_nothing_else(tmp_path: Path) -> None:
+    report(config_of(tmp_path, "tensorboard", "jsonl"))
+    RunId(config_of(tmp_path), "mlflow").write("some id")
+    for name in ("notes.txt", "tensorboard/notes.txt"):
+        (tmp_path / name).touch()
+    outside = config_of(tmp_path, "tensorboard", tensorboard_dir=str(tmp_path.parent / f"{tmp_path.name}-outside"))
+    report(outside)
+    make_loggers(config_of(tmp_path), replaces=True).close()
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"notes.txt", "tensorboard/notes.txt"}
+    make_loggers(outside, replaces=True).close()
+    assert len(list(Path(outside.tensorboard_dir).iterdir())) == 2
+
+
+def test_a_run_on_the_console_alone_does_not_wait_for_tensorboard() -> None:
+    code = (
+        "import sys; from malora_dist.config import Config; from malora_dist.metrics.loggers.base import make_loggers;"
+        "make_loggers(Config(loggers=['console'])); print([m for m in ('tensorboard', 'mlflow') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 # --- pictures
+
+
+def test_pictures_are_drawn_once_for_all_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("malora_dist.metrics.pictures.draw", lambda tables, caption: drawn.append(caption) or {})
+    logger = Loggers([TensorBoardLogger(tmp_path), TensorBoardLogger(tmp_path)])
+    for step in (1, 2):
+        logger.log(Metrics(FIGURES, tables=tables()), step)
+    logger.close()
+    assert drawn == ["iteration 1", "iteration 2"]
+
+
+def test_pictures_of_figures_that_are_not_finite(tmp_path: Path) -> None:
+    broken = {
+        tag: table._replace(values=[[math.nan, math.inf, *row[2:]] for row in table.values])
+        for tag, table in tables().items()
+    }
+    logger = TensorBoardLogger(tmp_path)
+    logger.log(Metrics(tables=broken), 1)
+    logger.close()
+    assert len(read_events(tmp_path).Tags()["images"]) == 3
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    for step in (1, 2):
+        logger.log(Metrics(FIGURES, tables={"malora/load/x": Table(["0"], ["0"], [])}), step)
+    logger.close()
+    assert re.fullmatch(r"tensorboard: .*: cannot be written \(.*\); it ends before step 1\n", capsys.readouterr().err)
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -21,9 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"method": "malora", "num_lora_experts": 8, "train_iters": 100, "exit_interval": 0, "lr": 0.1}
 
 
-def write_run(
-    directory: Path, steps: int = 4, ended: bool = False, failed: bool | None = None, **config: Any
-) -> Path:
+def write_run(directory: Path, steps: int = 4, ended: bool = False, failed: bool | None = None, **config: Any) -> Path:
     """Reports every 10 steps and 5 seconds from time 1000."""
     parts = {"config": CONFIG | config, "parameters": {"P": 1500}, "tasks": ["add", "sort"], "device": "cpu"}
     lines: list[dict[str, Any]] = [{"kind": "begin", "version": 1, "world_size": 2, "iteration": 0, **parts}]

@@ -44,7 +44,7 @@ class History:
         self.has_failed = self.has_ended and line.get("failed", False)
         if kind == "begin":
             for name in BEGIN:
-                line[name]  # noqa: B018  a KeyError is the caller's to tell
+                line[name]  # a KeyError is the caller's to tell
             self.run = line
             self._forget_after(line["iteration"])
         elif kind == "warning":

@@ -41,6 +41,11 @@ class JsonlLogger(Logger):
     def create(cls, config: Config) -> Self | None:
         return cls(Path(config.save) / FILE_NAME) if config.save else None
 
+    @classmethod
+    def remove(cls, config: Config) -> None:
+        if config.save:
+            (Path(config.save) / FILE_NAME).unlink(missing_ok=True)
+
     def begin(self, run: RunDescription) -> None:
         values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "banner"}
         self._write("begin", version=VERSION, **values | {"config": dataclasses.asdict(run.config)})

@@ -128,13 +128,11 @@ class MlflowLogger(ServiceLogger):
         from mlflow.entities import Metric
         from PIL import Image
 
-        from malora_dist.metrics.pictures import draw
-
         now = round(1000 * time.time())
         entries = [Metric(_name(tag), value, now, step) for tag, value in metrics.scalars.items()]
         for part in _parts(entries, _METRICS):
             self._client.log_batch(self._id, metrics=part)
-        for tag, png in draw(metrics.tables, f"iteration {step}").items():
+        for tag, png in metrics.pictures(f"iteration {step}").items():
             self._client.log_image(self._id, Image.open(io.BytesIO(png)), key=_name(tag), step=step)
 
     def close(self) -> None:

@@ -52,6 +52,11 @@ class ServiceLogger(Logger):
         self._config = config
         self._is_open = False
 
+    @classmethod
+    def remove(cls, config: Config) -> None:
+        """What the service itself has stays there; a run that begins anew is another to it."""
+        RunId(config, cls.name).remove()
+
     def _try(self, action: Callable[[], Any]) -> None:
         """Do it while nothing has failed yet."""
         if not self._is_open:
@@ -75,6 +80,11 @@ class RunId:
         if self._file is None or iteration == 0 or not self._file.is_file():
             return ""
         return self._file.read_text(encoding="utf-8").strip()
+
+    def remove(self) -> None:
+        """The run that has this name is another."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def write(self, run_id: str) -> None:
         """For those who go on."""

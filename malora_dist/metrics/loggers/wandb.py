@@ -84,13 +84,11 @@ def _content(metrics: Metrics, step: int) -> Mapping[str, Any]:
     import wandb
     from PIL import Image
 
-    from malora_dist.metrics.pictures import draw
-
     bars = {
         tag: wandb.Histogram(np_histogram=(np.array(counts), np.arange(len(counts) + 1) - 0.5))
         for tag, counts in metrics.counts.items()
     }
     pictures = {
-        tag: wandb.Image(Image.open(io.BytesIO(png))) for tag, png in draw(metrics.tables, f"iteration {step}").items()
+        tag: wandb.Image(Image.open(io.BytesIO(png))) for tag, png in metrics.pictures(f"iteration {step}").items()
     }
     return {**metrics.scalars, **bars, **pictures}
