@@ -215,7 +215,9 @@ class TrainConfig:
         "`auto`: go on from the newest checkpoint in `save` if there is one, else start as `load` says",
         choices=("off", "auto"),
     )
-    overwrite: bool = key(False, "a run that starts anew removes the checkpoints that another one has left in `save`")
+    overwrite: bool = key(
+        False, "a run that starts anew removes the checkpoints and reports that another one has left in `save`"
+    )
     keep_last: int = key(0, "newest checkpoints that are kept; 0: all", minimum=0, cure="set 0 to keep all")
     keep_best: bool = key(
         False, "also save after every evaluation that is the best by early_stopping_metric, and never remove that one"

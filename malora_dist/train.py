@@ -36,11 +36,13 @@ def main() -> None:
     config = load_config(arguments.config, arguments.overrides)
     # megatron takes seconds to import: a wrong config is reported before.
     from malora_dist.exchange.plan import check_exchange
+    from malora_dist.metrics.loggers.base import check_loggers
     from malora_dist.parallel import topology as layout
     from malora_dist.parallel.device import without_expected_warnings
 
     config.validate(layout.world_size_from_env())
     check_exchange(config)
+    check_loggers(config)
     logging.getLogger("megatron").setLevel(logging.ERROR)
     with without_expected_warnings():
         topology = layout.initialize(config, config.seed)

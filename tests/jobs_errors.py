@@ -47,6 +47,24 @@ def train_main(arguments: list[str]) -> Ended:
     return Ended(code, stdout.getvalue(), stderr.getvalue())
 
 
+def train_with_a_logger_that_cannot_begin(arguments: list[str]) -> Ended:
+    """:func:`train_main` with the logger ``failing``."""
+    from malora_dist.config import Config
+    from malora_dist.errors import ConfigError
+    from malora_dist.metrics.loggers.base import LOGGERS, Logger, RunDescription
+
+    class Failing(Logger):
+        @classmethod
+        def create(cls, config: Config) -> Failing:
+            return cls()
+
+        def begin(self, run: RunDescription) -> None:
+            raise ConfigError("loggers", "failing", "does not answer", "name another")
+
+    with LOGGERS.registered(failing=Failing):
+        return train_main(arguments)
+
+
 def check_refused(ended: Ended, expected: str, save: Path, rank: int = 0) -> None:
     """One line that reads as expected, exit code 2, nothing printed, nothing saved."""
     assert ended.stderr.count("\n") == 1, ended.stderr

@@ -129,7 +129,9 @@ def test_another_runs_checkpoints_are_not_overwritten(
     assert ended.code == 2
     assert "holds checkpoints of another run, the newest iter_0000003" in ended.stderr
     assert names(save) == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    (save / "metrics.jsonl").write_text("of the former run\n")
     assert run(workers, 2, *anew, "overwrite=true").code == 0
+    assert not (save / "metrics.jsonl").exists() or "of the former run" not in (save / "metrics.jsonl").read_text()
     assert names(save) == ["iter_0000001"]
 
 

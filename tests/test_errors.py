@@ -154,6 +154,32 @@ def test_ranks_that_read_different_data_are_refused(refuse: Refuse, tmp_path: Pa
     refuse(expected, f"data=[{{name: task, path: {tmp_path}/task$RANK.jsonl}}]", world_size=2)
 
 
+@pytest.mark.parametrize(
+    ("job", "changes", "expected"),
+    [
+        ("train_main", ["loggers=[consol]"], "loggers='consol': must be one of console, ...; choose one of them"),
+        (
+            "train_main",
+            ["loggers=[tensorboard]", "tensorboard_dir={file}/below"],
+            "tensorboard_dir='...below': cannot be written (Not a directory); name another directory",
+        ),
+        (
+            "train_with_a_logger_that_cannot_begin",
+            ["loggers=[failing]"],
+            "loggers='failing': does not answer; name another",
+        ),
+    ],
+)
+def test_what_the_reporting_rank_meets_is_an_error_of_all(
+    job: str, changes: list[str], expected: str, workers: WorkerPool, base_dir: Path, task_files: list[Path]
+) -> None:
+    """With two stages it is rank 1 that reports."""
+    arguments = run_arguments(base_dir, task_files[0], Path("nowhere"), "save=", "pipeline_model_parallel_size=2")
+    arguments += [change.format(file=task_files[0]) for change in changes]
+    for rank, ended in enumerate(workers.run(f"jobs_errors:{job}", 2, arguments=arguments)):
+        check_refused(ended, expected, Path("nowhere"), rank)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize(
     ("override", "expected"),

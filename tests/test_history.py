@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,6 +90,7 @@ def test_errors(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     for line, rule in (
         ('{"kind":"begin","version":99}', "is of version 99 of this file's format, and this program reads 1; use"),
+        ('{"kind":"begin","version":1,"time":1}', r"is no line of a run's reports \(KeyError\('config'\)\)"),
         ('{"kind":"log"}', r"is no line of a run's reports \(KeyError\('time'\)\); remove the line"),
         ("[1]", "is no line of a run's reports"),
         ('{"kind":"log","step":1,"time":1,"tables":{"x":{"cells":[]}}}', "is no line of a run's reports"),
@@ -112,3 +115,37 @@ def test_a_full_disk_ends_the_file_and_not_the_run(tmp_path: Path, capsys: pytes
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert capsys.readouterr().err == f"jsonl: {file}: cannot be written (File too large); it ends here\n"
+
+
+def test_a_line_that_the_disk_takes_in_parts_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sipping:
+        """A file that takes ten bytes at a time."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        closed = False
+
+        def write(self, content: bytes) -> int:
+            return int(self.file.write(content[:10]))
+
+        def close(self) -> None:
+            self.file.close()
+
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    begin(logger)
+    monkeypatch.setattr(logger, "_file", Sipping(logger._file))
+    for step in (1, 2):
+        logger.log(Metrics({"lm loss": 1.0}), step)
+    logger.close()
+    assert HistoryReader(tmp_path).read().scalars == {"lm loss": {1: 1.0, 2: 1.0}}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_fails_says_so(tmp_path: Path, fails: bool) -> None:
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    with contextlib.suppress(ZeroDivisionError), contextlib.closing(logger):
+        begin(logger)
+        _ = 1 / (not fails)
+    history = HistoryReader(tmp_path).read()
+    assert (history.has_ended, history.has_failed) == (True, fails)

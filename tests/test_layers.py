@@ -55,7 +55,7 @@ LAYERS = {
     "hf": Layer("errors files methods config_sections config kernels data pretrained"),
     "inspection": Layer("errors files methods config families data checkpoint hf"),
     "launch": Layer("errors exit_codes parallel"),
-    "train": Layer("errors files config_file parallel exchange training"),
+    "train": Layer("errors files config_file parallel exchange metrics training"),
 }
 #: The only file that may import fmoe.
 FMOE_FILE = PACKAGE / "exchange" / "fastmoe.py"

@@ -6,8 +6,12 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
+import math
 import re
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +25,12 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from malora_dist.config import Config
 from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError
-from malora_dist.metrics.loggers.base import Logger, Metrics, RunDescription, Table, make_loggers
+from malora_dist.metrics.loggers.base import Logger, Loggers, Metrics, RunDescription, check_loggers, make_loggers
+from malora_dist.metrics.loggers.mlflow import PATIENCE
 from malora_dist.metrics.loggers.service import RunId, ServiceLogger
+from malora_dist.metrics.loggers.tensorboard import TensorBoardLogger
 from malora_dist.metrics.pictures import draw
+from malora_dist.metrics.report_file import Table
 from malora_dist.metrics.tensorboard_layout import charts
 
 FIGURES = {"lm loss": 2.5, "lm loss/b (c)": 2.25, "malora/balance/p90": 1.5}
@@ -50,7 +57,7 @@ def tables(layers: int = 2, experts: int = 4) -> dict[str, Table]:
 
 
 def run_of(config: Config, **changes: object) -> RunDescription:
-    run = RunDescription(config, "a banner", {"P": 7}, ["a", "b (c)"], 2, "cpu", 0)
+    run = RunDescription(config, "a banner", {"P": 7}, ["a", "b (c)"], 2, "cpu", 0, evaluated=["a"])
     return dataclasses.replace(run, **changes)  # type: ignore[arg-type]
 
 
@@ -134,18 +141,82 @@ def test_charts_are_of_figures_that_the_run_has() -> None:
 
     learning, experts, speed, resources = titles(Config())
     assert titles(Config()) == {learning: 3, experts: 6, speed: 4, resources: 2}
-    assert titles(Config(), tasks=["a"], world_size=1, device="a GPU") == {
+    assert titles(Config(), tasks=["a"], world_size=1, peak_tflops=1.0) == {
         learning: 3,
         experts: 5,
         speed: 5,
         resources: 1,
     }
-    assert titles(Config(method="lora", eval_iters=0)) == {learning: 1, speed: 4, resources: 2}
+    assert titles(Config(method="lora"), evaluated=[]) == {learning: 1, speed: 4, resources: 2}
     tags = [chart.tags for found in charts(run_of(Config())).values() for chart in found]
     assert [tag for tag in tags if re.match(tag, "lm loss")] == [r"lm loss(/.*)?$"]
 
 
+def test_a_run_that_goes_on_takes_the_place_of_the_steps_it_makes_again(tmp_path: Path) -> None:
+    for iteration, losses in ((0, {10: 1.0, 20: 0.9, 30: 0.8}), (10, {20: 0.7})):
+        logger = make_loggers(config_of(tmp_path, "tensorboard"))
+        logger.begin(run_of(Config(), iteration=iteration))
+        for step, loss in losses.items():
+            logger.log(Metrics({"lm loss": loss}), step)
+        logger.close()
+    events = read_events(tmp_path / "tensorboard").Scalars("lm loss")
+    assert [(event.step, round(event.value, 3)) for event in events] == [(10, 1.0), (20, 0.7)]
+
+
+def test_a_run_that_replaces_another_removes_its_reports_and_nothing_else(tmp_path: Path) -> None:
+    report(config_of(tmp_path, "tensorboard", "jsonl"))
+    RunId(config_of(tmp_path), "mlflow").write("some id")
+    for name in ("notes.txt", "tensorboard/notes.txt"):
+        (tmp_path / name).touch()
+    outside = config_of(tmp_path, "tensorboard", tensorboard_dir=str(tmp_path.parent / f"{tmp_path.name}-outside"))
+    report(outside)
+    make_loggers(config_of(tmp_path), replaces=True).close()
+    left = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"notes.txt", "tensorboard/notes.txt"}
+    make_loggers(outside, replaces=True).close()
+    assert len(list(Path(outside.tensorboard_dir).iterdir())) == 2
+
+
+def test_a_run_on_the_console_alone_does_not_wait_for_tensorboard() -> None:
+    code = (
+        "import sys; from malora_dist.config import Config; from malora_dist.metrics.loggers.base import make_loggers;"
+        "make_loggers(Config(loggers=['console'])); print([m for m in ('tensorboard', 'mlflow') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
 # --- pictures
+
+
+def test_pictures_are_drawn_once_for_all_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr("malora_dist.metrics.pictures.draw", lambda tables, caption: drawn.append(caption) or {})
+    logger = Loggers([TensorBoardLogger(tmp_path), TensorBoardLogger(tmp_path)])
+    for step in (1, 2):
+        logger.log(Metrics(FIGURES, tables=tables()), step)
+    logger.close()
+    assert drawn == ["iteration 1", "iteration 2"]
+
+
+def test_pictures_of_figures_that_are_not_finite(tmp_path: Path) -> None:
+    broken = {
+        tag: table._replace(values=[[math.nan, math.inf, *row[2:]] for row in table.values])
+        for tag, table in tables().items()
+    }
+    logger = TensorBoardLogger(tmp_path)
+    logger.log(Metrics(tables=broken), 1)
+    logger.close()
+    assert len(read_events(tmp_path).Tags()["images"]) == 3
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    for step in (1, 2):
+        logger.log(Metrics(FIGURES, tables={"malora/load/x": Table(["0"], ["0"], [])}), step)
+    logger.close()
+    assert re.fullmatch(r"tensorboard: .*: cannot be written \(.*\); it ends before step 1\n", capsys.readouterr().err)
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -224,7 +295,7 @@ def test_mlflow_in_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (run,) = client.search_runs([client.get_experiment_by_name("some name").experiment_id])
     assert (run.info.run_name, run.info.status) == ("save", "FINISHED")
     assert (run.data.params["lr"], run.data.params["world_size"]) == ("0.125", "2")
-    assert run.data.metrics == {"lm loss": 2.5, "lm loss/b _c_": 2.25, "malora/balance/p90": 1.5}
+    assert run.data.metrics == {"lm loss": 2.5, "lm loss/b _28_c_29_": 2.25, "malora/balance/p90": 1.5}
     assert [m.step for m in client.get_metric_history(run.info.run_id, "lm loss")] == [1, 6]
     files = Path(run.info.artifact_uri)
     assert len(list(files.glob("images/*.png"))) == 2 * 3
@@ -241,7 +312,48 @@ def test_a_missing_package_is_an_error_that_names_the_extra(extra: str, monkeypa
     with pytest.raises(
         ConfigError, match=rf"^loggers='{extra}': needs the extra {extra} .*pip install .*\.\[{extra}\]"
     ):
-        make_loggers(Config(loggers=[extra]))
+        check_loggers(Config(loggers=[extra]))
+
+
+@needs("mlflow")
+def test_an_mlflow_server_that_hangs_is_given_up_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections are taken, nothing is ever answered. The real limits end long before the other ranks' wait."""
+    seconds, retries, factor, _ = PATIENCE.values()
+    assert seconds * (1 + retries) + factor * 2**retries < 60 * Config().distributed_timeout_minutes / 4
+    for name in PATIENCE:
+        monkeypatch.setenv(name, "is put back after the test")
+        monkeypatch.delenv(name)
+    for name, value in zip(PATIENCE, (1, 0, 0), strict=False):
+        monkeypatch.setitem(PATIENCE, name, value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match=rf"^mlflow_tracking_uri='{uri}': does not answer \(.*\); name another"):
+            report(config_of(tmp_path, "mlflow", mlflow_tracking_uri=uri))
+        assert time.monotonic() - began < 20
+
+
+@needs("mlflow")
+def test_mlflow_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password is refused and not shown; a database has it in the environment, for want of another place."""
+
+    def refused(uri: str) -> str:
+        with pytest.raises(ConfigError, match=r"holds a password") as error:
+            check_loggers(Config(loggers=["mlflow"], mlflow_tracking_uri=uri))
+        return str(error.value)
+
+    for uri in ("https://me:secret@host/x", "https://me:sec/secret@x@host:5000", "http://:1secret@host"):
+        assert re.match(r"mlflow_tracking_uri='https?://\*\*\*@host.*MLFLOW_TRACKING_PASSWORD", refused(uri))
+        assert "secret" not in refused(uri)
+    assert "set MLFLOW_TRACKING_URI in" in refused("postgresql://me:secret@host/db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@host")
+    assert "secret" not in refused("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret@host/db")
+    for uri in ("", "databricks", "databricks://profile", "https://me@host:5000", "sqlite:///a:b@c.db", "arn:aws:x"):
+        check_loggers(Config(loggers=["mlflow"], mlflow_tracking_uri=uri))
+    for uri in ("runs", "/a/b", "file:///a"):
+        with pytest.raises(ConfigError, match="is a directory"):
+            check_loggers(Config(loggers=["mlflow"], mlflow_tracking_uri=uri))
 
 
 def test_a_service_that_fails_does_not_end_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from malora_dist.metrics.history import HistoryReader
+from malora_dist.metrics.history import History, HistoryReader
 from malora_dist.metrics.monitor import Monitor, run_names, short
 from malora_dist.metrics.run_state import RunState, duration
 from malora_dist.metrics.sparklines import sparkline
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"method": "malora", "num_lora_experts": 8, "train_iters": 100, "exit_interval": 0, "lr": 0.1}
 
 
-def write_run(directory: Path, steps: int = 4, ended: bool = False, **config: Any) -> Path:
+def write_run(directory: Path, steps: int = 4, ended: bool = False, failed: bool | None = None, **config: Any) -> Path:
     """Reports every 10 steps and 5 seconds from time 1000."""
     parts = {"config": CONFIG | config, "parameters": {"P": 1500}, "tasks": ["add", "sort"], "device": "cpu"}
     lines: list[dict[str, Any]] = [{"kind": "begin", "version": 1, "world_size": 2, "iteration": 0, **parts}]
@@ -36,7 +36,8 @@ def write_run(directory: Path, steps: int = 4, ended: bool = False, **config: An
     validation = {"lm loss validation": 2.0, "lm loss validation/add": 0.125}
     lines.append({"kind": "log", "step": 10 * steps, "time": 1000 + 5 * steps, "scalars": validation})
     lines.append({"kind": "warning", "step": 20, "time": 1000 + 5 * steps, "text": "too hot"})
-    lines += [{"kind": "end", "time": 1000 + 5 * steps}] if ended else []
+    end = {"kind": "end", "time": 1000 + 5 * steps} | ({} if failed is None else {"failed": failed})
+    lines += [end] if ended else []
     directory.mkdir()
     text = "".join(json.dumps({"time": 1000.0, **line}) + "\n" for line in lines)
     (directory / "metrics.jsonl").write_text(text)
@@ -97,6 +98,26 @@ def test_whether_a_run_goes_on(now: float, ended: bool, state: str, tmp_path: Pa
     run = RunState("a", history, now)
     assert run.describe()[0] == state
     assert (run.seconds_left is not None) == state.startswith("going on")
+
+
+@pytest.mark.parametrize(("failed", "state"), [(True, "failed, 2 s ago"), (False, "done, 2 s ago")])
+def test_whether_a_run_has_failed(failed: bool, state: str, tmp_path: Path) -> None:
+    history = HistoryReader(write_run(tmp_path / "a", steps=10, ended=True, failed=failed)).read()
+    assert RunState("a", history, 1052.0).describe() == (state, "bold red" if failed else "green")
+
+
+@pytest.mark.parametrize(
+    ("reports", "now", "state"),
+    [(0, 1100.0, "begun, last line 1 min ago"), (0, 4000.0, "silent for 50 min (no report yet)"),
+     (1, 1100.0, "going on, last report 40 s ago"), (1, 1400.0, "silent for 5 min (usual 1 min)")],
+)  # fmt: skip
+def test_a_run_that_is_killed_early_becomes_silent(reports: int, now: float, state: str) -> None:
+    history = History()
+    history.add({"kind": "begin", "time": 1000.0, "iteration": 0, "config": CONFIG, "parameters": {"P": 1}, "tasks": [],
+                 "world_size": 1, "device": "cpu"})  # fmt: skip
+    for i in range(1, reports + 1):
+        history.add({"kind": "log", "time": 1000.0 + 60 * i, "step": i})
+    assert RunState("a", history, now).describe()[0] == state
 
 
 def test_small_pictures() -> None:

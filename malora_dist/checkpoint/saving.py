@@ -28,8 +28,8 @@ from malora_dist.checkpoint.manifest import write_manifest
 from malora_dist.checkpoint.torch_dist import Share, TensorChunk, write_megatron_files, write_metadata, write_share
 from malora_dist.config import Config
 from malora_dist.config_file import save_config
-from malora_dist.errors import CheckpointError, MaloraError
-from malora_dist.parallel.collectives import first_fault
+from malora_dist.errors import CheckpointError
+from malora_dist.parallel.collectives import on_one_rank
 from malora_dist.parallel.device import without_expected_warnings
 from malora_dist.parallel.topology import Topology
 
@@ -174,16 +174,16 @@ class CheckpointWriter:
 
     def _on_first_rank(self, action: Callable[[], None], fault: str = "") -> None:
         """Let the first rank act, unless there is a fault already; what fails there is an error of all."""
-        if not fault and self._topology.rank == 0:
+
+        def act() -> None:
+            if fault:
+                raise CheckpointError(fault)
             try:
                 action()
-            except MaloraError as error:
-                fault = str(error)
             except _DISK_ERRORS as error:
-                fault = self._cannot_write(error)
-        fault = first_fault(fault)
-        if fault:
-            raise CheckpointError(fault)
+                raise CheckpointError(self._cannot_write(error)) from error
+
+        on_one_rank(self._topology.rank == 0, act, CheckpointError)
 
     def _cannot_write(self, error: BaseException) -> str:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())

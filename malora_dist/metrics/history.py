@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from malora_dist.errors import DataError
-from malora_dist.metrics.report_file import FILE_NAME, VERSION, Table
+from malora_dist.metrics.report_file import BEGIN, FILE_NAME, VERSION, Table
 
 
 @dataclass
@@ -23,7 +23,8 @@ class History:
         warnings: (step, text) of each.
         times: {step: when it was reported, seconds since 1970}.
         last_time: when it has written its last line of any kind, seconds since 1970.
-        has_ended: whether the last start of the run has ended by itself.
+        has_ended: whether the last start of the run has ended by itself,
+        has_failed: and that with an error.
     """
 
     run: dict[str, Any] = field(default_factory=dict)
@@ -34,12 +35,16 @@ class History:
     times: dict[int, float] = field(default_factory=dict)
     last_time: float = 0.0
     has_ended: bool = False
+    has_failed: bool = False
 
     def add(self, line: dict[str, Any]) -> None:
         """Take in one line of the file."""
         kind, self.last_time = line["kind"], line["time"]
         self.has_ended = kind == "end"
+        self.has_failed = self.has_ended and line.get("failed", False)
         if kind == "begin":
+            for name in BEGIN:
+                line[name]  # a KeyError is the caller's to tell
             self.run = line
             self._forget_after(line["iteration"])
         elif kind == "warning":

@@ -19,7 +19,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from malora_dist.metrics.loggers.base import Table
+from malora_dist.metrics.report_file import Table
 
 #: Loads from 1 / this to times an even one have a colour of their own.
 _FARTHEST = 4.0
@@ -140,12 +140,13 @@ def _norm(kind: _Kind, tables: Iterable[Table]) -> Normalize:
     """From numbers to colours; the scale of what is not relative moves in steps of 2, to be alike in most pictures."""
     if kind.is_relative:
         return LogNorm(1 / _FARTHEST, _FARTHEST)
-    largest = max(max(map(max, table.values)) for table in tables)
+    values = itertools.chain.from_iterable(itertools.chain.from_iterable(table.values for table in tables))
+    largest = max(filter(math.isfinite, values), default=0.0)
     return Normalize(0, 2.0 ** math.ceil(math.log2(max(largest, 2**-6))))
 
 
 def _heatmap(axes: Axes, kind: _Kind, table: Table, norm: Normalize) -> AxesImage:
-    """Colours of the numbers; an expert without any token is black, which the scale's logarithm masks."""
+    """Colours of the numbers; black: an expert without any token, which the scale's logarithm masks, and NaN."""
     colours = colormaps["RdBu_r" if kind.is_relative else "viridis"].with_extremes(bad="black")
     image = axes.imshow(table.values, colours, norm, aspect="auto", interpolation="nearest")
     if kind.has_layers:

@@ -1,12 +1,13 @@
 """The file of JSON lines that a run writes beside its checkpoints, for its writer and its readers.
 
-Every line is an object with `kind`, `time` (seconds since 1970) and, unless it is `begin` or `message`, `step`:
+Every line is an object with `kind`, `time` (seconds since 1970) and, unless it is `begin`, `message` or `end`, `step`:
 
-    begin    version (of this format), config, parameters, tasks, world_size, device, iteration
+    begin    version (of this format), config, parameters, tasks, world_size, device, iteration, evaluated, peak_tflops;
+             see :class:`malora_dist.metrics.loggers.base.RunDescription`
     log      scalars; where there are any, counts and tables {name: {rows, columns, values}}
     warning  text
     message  text
-    end
+    end      failed: whether an error has ended the run
 
 A run that goes on adds to the file. Steps that it makes again stand there twice; the later line counts.
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 FILE_NAME = "metrics.jsonl"
+#: What readers need of `begin`.
+BEGIN = ("config", "parameters", "tasks", "world_size", "device", "iteration")
 #: Raised when a reader of the former format would misread the new one.
 VERSION = 1
 

@@ -15,6 +15,8 @@ SILENT = 5
 SILENT_LONGEST = 2
 #: and at least so many seconds.
 SILENT_SECONDS = 30.0
+#: or, before its first report, so many seconds.
+SILENT_FIRST = 1800.0
 #: Reports that speed is taken from.
 RECENT = 50
 
@@ -56,20 +58,22 @@ class RunState:
 
     @property
     def is_complete(self) -> bool:
-        return self.history.has_ended and 0 < self.last_iteration <= self.iteration
+        return self.history.has_ended and not self.history.has_failed and 0 < self.last_iteration <= self.iteration
 
     @property
     def usual_seconds(self) -> float | None:
-        """Between two reports; None before there are two."""
+        """Between two reports; None before there is one."""
         gaps = self._gaps()
         return statistics.median(gaps) if gaps else None
 
     @property
     def is_silent(self) -> bool:
         """Whether it has not ended, but reports no more."""
-        gaps = self._gaps()
-        if self.history.has_ended or not gaps:
+        if self.history.has_ended or not self.history.run:
             return False
+        gaps = self._gaps()
+        if not gaps:
+            return self.idle_seconds > SILENT_FIRST
         longest = max(SILENT * statistics.median(gaps), SILENT_LONGEST * max(gaps), SILENT_SECONDS)
         return self.idle_seconds > longest
 
@@ -88,6 +92,8 @@ class RunState:
 
     def describe(self) -> tuple[str, str]:
         """(whether it goes on, a style to say it in)."""
+        if self.history.has_failed:
+            return f"failed, {duration(self.idle_seconds)} ago", "bold red"
         if self.is_complete:
             return f"done, {duration(self.idle_seconds)} ago", "green"
         if self.history.has_ended:
@@ -95,10 +101,11 @@ class RunState:
         if not self.history.run:
             return "has not begun", "yellow"
         usual = self.usual_seconds
+        if self.is_silent:
+            expected = "no report yet" if usual is None else f"usual {duration(usual)}"
+            return f"silent for {duration(self.idle_seconds)} ({expected})", "bold red"
         if usual is None:
             return f"begun, last line {duration(self.idle_seconds)} ago", "green"
-        if self.is_silent:
-            return f"silent for {duration(self.idle_seconds)} (usual {duration(usual)})", "bold red"
         return f"going on, last report {duration(self.idle_seconds)} ago", "green"
 
     def _of_this_start(self) -> list[tuple[int, float]]:
@@ -107,7 +114,9 @@ class RunState:
         return [(step, time) for step, time in self.history.times.items() if step > start]
 
     def _gaps(self) -> list[float]:
-        times = [time for _, time in self._of_this_start()[-RECENT - 1 :]]
+        """Of the last reports; of the first since the run has begun."""
+        reports = [time for _, time in self._of_this_start()]
+        times = [self.history.run.get("time", 0.0), *reports][-RECENT - 1 :]
         return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 

@@ -54,7 +54,7 @@ def layout(run: RunDescription) -> dict[str, dict[str, list[object]]]:
 
 def _learning(run: RunDescription) -> Iterator[Chart]:
     yield Chart("training loss, by task", r"lm loss(/.*)?$")
-    if run.config.eval_iters:
+    if run.evaluated:
         yield Chart("validation loss, by task", r"lm loss validation(/.*)?$")
         yield Chart("answer tokens right (accuracy validation), by task", r"accuracy validation(/.*)?$")
 
@@ -74,7 +74,7 @@ def _balance(run: RunDescription) -> Iterator[Chart]:
 def _speed(run: RunDescription) -> Iterator[Chart]:
     yield Chart("tokens per second", r"tokens-per-second(-per-device)?$")
     yield Chart("TFLOP/s per device", r"throughput$")
-    if run.device != "cpu":
+    if run.peak_tflops:
         yield Chart("model FLOPs utilisation", r"mfu$")
     yield Chart("seconds per step", r"iteration-time$")
     yield Chart("shares of a step's time", r"time share/")

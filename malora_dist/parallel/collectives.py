@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from malora_dist.errors import MaloraError
+
+T = TypeVar("T")
 
 
 class _Transfer:
@@ -92,3 +96,29 @@ def first_fault(fault: str) -> str:
     faults: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(faults, fault)
     return next(filter(None, faults), "")
+
+
+def on_one_rank(is_here: bool, action: Callable[[], T], kind: type[MaloraError] = MaloraError) -> T | None:
+    """Let one rank act; called by all ranks.
+
+    Args:
+        is_here: whether this is the one.
+        kind: of the error.
+
+    Returns:
+        what the action returns, on the rank that acts.
+
+    Raises:
+        MaloraError: the action has raised one; the same on all ranks.
+    """
+    result: T | None = None
+    error: MaloraError | None = None
+    if is_here:
+        try:
+            result = action()
+        except MaloraError as raised:
+            error = raised
+    fault = first_fault(str(error) if error else "")
+    if fault:
+        raise kind(fault) from error
+    return result

@@ -44,6 +44,7 @@ from malora_dist.metrics.traffic import TrafficCounter
 from malora_dist.metrics.watch import Watch
 from malora_dist.models.build import adapter_sites, build_stages
 from malora_dist.parallel.backends import adam_choice, attention_choice
+from malora_dist.parallel.collectives import on_one_rank
 from malora_dist.parallel.device import device_name
 from malora_dist.parallel.heartbeat import Heartbeat
 from malora_dist.parallel.step_state import seed_dropout, set_aux_loss_scale
@@ -148,10 +149,14 @@ class Trainer:
         if self.start and self.start.info.best:
             self.best.load_state_dict(dict(self.start.info.best))
         self.replicas = CheckReplicas(config, model, topology)
-        writer = self._make_writer() if config.save else None  # refuses before anything is written
+        save = Path(config.save).resolve()
+        goes_on_here = self.start is not None and self.start.directory.resolve().parent == save
+        writer = self._make_writer(goes_on_here) if config.save else None  # refuses before anything is written
         self.clock, self.traffic = StepClock(topology), TrafficCounter(topology)
         self.flops = step_flops(self.hf, config, "grouped")  # what a token asks for, whatever form computes it
-        self.logger = make_loggers(config) if topology.is_writer else Loggers()
+        replaces = bool(config.save) and config.overwrite and not goes_on_here
+        self.logger = on_one_rank(topology.is_writer, lambda: make_loggers(config, replaces)) or Loggers()
+        self.speed = speed_of(config, topology)
         self.callbacks = self._make_callbacks(writer)
 
     def _make_callbacks(self, writer: CheckpointWriter | None) -> list[Callback]:
@@ -159,7 +164,7 @@ class Trainer:
         config, logger, ending = self.config, self.logger, self.ending
         watch = Watch(config, self.topology.stage_of_rank)
         callbacks: list[Callback] = [
-            Log(config, logger, self.recorded, speed_of(config, self.topology), watch, ending),
+            Log(config, logger, self.recorded, self.speed, watch, ending),
             StopIfNotFinite(config, logger, self._last_sources),
             self.replicas,
         ]
@@ -173,12 +178,14 @@ class Trainer:
             callbacks.insert(0, Profile(config, self.topology, self.context))
         return callbacks
 
-    def _make_writer(self) -> CheckpointWriter:
-        """What writes this run's checkpoints; `save` is made ready for them."""
+    def _make_writer(self, goes_on_here: bool) -> CheckpointWriter:
+        """What writes this run's checkpoints; `save` is made ready for them.
+
+        Args:
+            goes_on_here: the run starts from a checkpoint in `save`.
+        """
         layers, data = self.hf.num_hidden_layers, self.batches.fingerprints
         writer = CheckpointWriter(self.config, describe_run(self.config, self.base, layers, data), self.topology)
-        save = Path(self.config.save).resolve()
-        goes_on_here = self.start is not None and self.start.directory.resolve().parent == save
         writer.prepare(goes_on_here, self.best.iteration if goes_on_here and self.best.value is not None else None)
         return writer
 
@@ -193,7 +200,8 @@ class Trainer:
         with contextlib.closing(self.logger), self.signals, heartbeat, bar:
             for callback in self.callbacks:
                 callback.before_first_step(self.trained.iteration)
-            self.logger.begin(self._describe())
+            run = self._describe()
+            on_one_rank(self.topology.is_writer, lambda: self.logger.begin(run))
             for text in self._introduction():
                 self.logger.message(text)
             self.clock.restart()
@@ -333,6 +341,8 @@ class Trainer:
             world_size=topology.world_size,
             device=device_name(topology.device),
             iteration=self.trained.iteration,
+            evaluated=self.batches.evaluated_tasks if config.eval_iters else [],
+            peak_tflops=self.speed.peak_tflops,
         )
 
     def _introduction(self) -> Iterator[str]:

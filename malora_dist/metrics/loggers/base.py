@@ -14,6 +14,7 @@ from typing import Self
 import yaml
 
 from malora_dist.config import Config
+from malora_dist.errors import ConfigError
 from malora_dist.metrics.report_file import Table
 from malora_dist.registry import Registry
 
@@ -25,12 +26,21 @@ class Metrics:
     Attributes:
         scalars: one number each.
         counts: a number for each of 0, 1, 2, ..., for example top-k slots by expert, or seconds by rank.
-        tables: what is drawn as pictures.
+        tables: what is drawn as pictures; not changed after that.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
     counts: dict[str, list[float]] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
+    _drawn: dict[str, bytes] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def pictures(self, caption: str) -> dict[str, bytes]:
+        """The tables as PNG, see :func:`malora_dist.metrics.pictures.draw`; drawn once for all who ask."""
+        if self._drawn is None:
+            from malora_dist.metrics.pictures import draw  # imports matplotlib
+
+            self._drawn = draw(self.tables, caption) if self.tables else {}
+        return self._drawn
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class RunDescription:
         world_size: processes.
         device: ``cpu`` or what the GPU is called.
         iteration: after which the run begins or goes on.
+        evaluated: the tasks that are evaluated.
+        peak_tflops: what one device can do; 0: not known, then there is no ``mfu``.
     """
 
     config: Config
@@ -54,10 +66,20 @@ class RunDescription:
     world_size: int
     device: str
     iteration: int
+    evaluated: Sequence[str] = ()
+    peak_tflops: float = 0.0
 
 
 class Logger:
     """What the trainer reports to; a logger overrides what it has a place for."""
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """What every rank can find before the run begins; writes nothing and asks no server.
+
+        Raises:
+            ConfigError: the logger cannot work with these settings, or a package is missing.
+        """
 
     @classmethod
     def create(cls, config: Config) -> Self | None:
@@ -67,6 +89,14 @@ class Logger:
             ConfigError: it cannot write there, or a package is missing.
         """
         raise NotImplementedError
+
+    @classmethod
+    def remove(cls, config: Config) -> None:
+        """Remove what a former run has reported into `save`, and nothing else.
+
+        Raises:
+            OSError: it cannot be removed.
+        """
 
     def begin(self, run: RunDescription) -> None:
         """The run begins."""
@@ -124,11 +154,36 @@ def has_failed() -> bool:
     return sys.exc_info()[0] is not None
 
 
-def make_loggers(config: Config) -> Loggers:
-    """The loggers that the config names.
+def check_loggers(config: Config) -> None:
+    """See :meth:`Logger.check`, of all loggers that the config names.
 
     Raises:
-        ConfigError: one is unknown, or cannot write.
+        ConfigError: one is unknown, or cannot work.
     """
+    for name in dict.fromkeys(config.loggers):
+        LOGGERS[name].check(config)
+
+
+def make_loggers(config: Config, replaces: bool = False) -> Loggers:
+    """The loggers that the config names.
+
+    Args:
+        replaces: the run takes the place of another in `save`: what that one has reported there, to any logger, goes.
+
+    Raises:
+        ConfigError: one is unknown, cannot work, or cannot write.
+    """
+    check_loggers(config)
+    if replaces:
+        _remove_reports(config)
     made = [LOGGERS[name].create(config) for name in dict.fromkeys(config.loggers)]
     return Loggers([logger for logger in made if logger is not None])
+
+
+def _remove_reports(config: Config) -> None:
+    for logger in LOGGERS.values():
+        try:
+            logger.remove(config)
+        except OSError as error:
+            rule = f"holds reports of another run that cannot be removed ({error})"
+            raise ConfigError("save", config.save, rule, "name another directory") from error

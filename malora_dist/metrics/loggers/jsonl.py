@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from malora_dist.config import Config
 from malora_dist.errors import ConfigError
-from malora_dist.metrics.loggers.base import LOGGERS, Logger, Metrics, RunDescription
+from malora_dist.metrics.loggers.base import LOGGERS, Logger, Metrics, RunDescription, has_failed
 from malora_dist.metrics.report_file import FILE_NAME, VERSION
 
 
@@ -41,6 +41,11 @@ class JsonlLogger(Logger):
     def create(cls, config: Config) -> Self | None:
         return cls(Path(config.save) / FILE_NAME) if config.save else None
 
+    @classmethod
+    def remove(cls, config: Config) -> None:
+        if config.save:
+            (Path(config.save) / FILE_NAME).unlink(missing_ok=True)
+
     def begin(self, run: RunDescription) -> None:
         values = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name != "banner"}
         self._write("begin", version=VERSION, **values | {"config": dataclasses.asdict(run.config)})
@@ -58,7 +63,7 @@ class JsonlLogger(Logger):
 
     def close(self) -> None:
         if not self._file.closed:
-            self._write("end")
+            self._write("end", failed=has_failed())
             self._file.close()
 
     def _write(self, kind: str, **content: Any) -> None:
@@ -66,7 +71,9 @@ class JsonlLogger(Logger):
             return
         line = json.dumps(_finite({"kind": kind, "time": time.time(), **content}), separators=(",", ":"))
         try:
-            self._file.write(line.encode() + b"\n")
+            left = memoryview(line.encode() + b"\n")
+            while left:  # a disk that is nearly full takes a part
+                left = left[self._file.write(left) :]
         except OSError as error:
             self._file.close()
             text = f"jsonl: {self._file.name}: cannot be written ({error.strerror}); it ends here"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -14,11 +15,29 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from malora_dist.config import Config
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, first_line
 from malora_dist.metrics.loggers.base import LOGGERS, Metrics, RunDescription, config_as_yaml, has_failed
-from malora_dist.metrics.loggers.service import RunId, ServiceLogger, first_line, import_extra
+from malora_dist.metrics.loggers.service import RunId, ServiceLogger, check_extra, import_extra
 
 T = TypeVar("T")
+
+#: How long it is tried to reach a server, unless the environment says otherwise. As MLflow has it, it would be longer
+#: than the other ranks wait for this one.
+PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": 20,  # seconds, of each try
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": 2,
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": 1,
+    "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": 60,
+}
+#: A user's password in an address; a number after the colon is a port.
+_PASSWORD = re.compile(r"(?<=://)[^/:@]*:(?!\d+(/|$)).*(?=@)")
+_PACKAGES = ("mlflow", "sqlalchemy", "alembic")
+#: MLflow's own variable.
+_ADDRESS = "MLFLOW_TRACKING_URI"
+#: How those begin that are no directories.
+_ADDRESSES = re.compile(r"(?!file:)[a-zA-Z][\w+.-]+:")
+#: Stores that are named without an address.
+_WITHOUT_ADDRESS = ("databricks", "databricks-uc", "uc")
 
 #: How many parameters and how many metrics the service takes at once.
 _PARAMETERS = 100
@@ -36,29 +55,35 @@ class MlflowLogger(ServiceLogger):
         self._warnings: list[str] = []
 
     @classmethod
+    def check(cls, config: Config) -> None:
+        check_extra("mlflow", *_PACKAGES)
+        if uri := config.mlflow_tracking_uri or os.environ.get(_ADDRESS, ""):
+            _check_uri(uri, is_in_config=bool(config.mlflow_tracking_uri))
+
+    @classmethod
     def create(cls, config: Config) -> Self:
-        for package in ("mlflow", "sqlalchemy", "alembic"):
-            import_extra(package, "mlflow")
+        import_extra("mlflow", *_PACKAGES)
         return cls(config)
 
     def begin(self, run: RunDescription) -> None:
         """Raises:
         ConfigError: the store does not answer, or is a directory.
         """
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, str(value))
         import mlflow
         from mlflow.exceptions import MlflowException
 
         uri = self._config.mlflow_tracking_uri or mlflow.get_tracking_uri()
-        if "://" not in uri or uri.startswith("file:"):
-            # It keeps "lm loss" as a file and "lm loss/TASK" as a file in a directory of the same name.
-            rule, cure = "is a directory, which cannot hold these tags", "name a database, sqlite:///mlflow.db"
-            raise ConfigError("mlflow_tracking_uri", uri, rule, cure)
+        _check_uri(uri, is_in_config=bool(self._config.mlflow_tracking_uri))
+        shown = _PASSWORD.sub("***", uri)
         try:
             self._client: Any = mlflow.MlflowClient(uri)
             self._start(run)
         except (MlflowException, OSError) as error:
-            rule, cure = f"does not answer ({first_line(error)})", "name another store, sqlite:///mlflow.db, or none"
-            raise ConfigError("mlflow_tracking_uri", uri, rule, cure) from error
+            reason = first_line(error).replace(uri, shown)
+            rule, cure = f"does not answer ({reason})", "name another store, sqlite:///mlflow.db, or none"
+            raise ConfigError("mlflow_tracking_uri", shown, rule, cure) from error
         self._is_open = True
 
     def _start(self, run: RunDescription) -> None:
@@ -103,13 +128,11 @@ class MlflowLogger(ServiceLogger):
         from mlflow.entities import Metric
         from PIL import Image
 
-        from malora_dist.metrics.pictures import draw
-
         now = round(1000 * time.time())
         entries = [Metric(_name(tag), value, now, step) for tag, value in metrics.scalars.items()]
         for part in _parts(entries, _METRICS):
             self._client.log_batch(self._id, metrics=part)
-        for tag, png in draw(metrics.tables, f"iteration {step}").items():
+        for tag, png in metrics.pictures(f"iteration {step}").items():
             self._client.log_image(self._id, Image.open(io.BytesIO(png)), key=_name(tag), step=step)
 
     def close(self) -> None:
@@ -118,9 +141,30 @@ class MlflowLogger(ServiceLogger):
         self._is_open = False
 
 
+def _check_uri(uri: str, is_in_config: bool) -> None:
+    """Refuse a store that cannot be used.
+
+    Args:
+        is_in_config: a database's password has no place but its address, which then stands in the environment.
+
+    Raises:
+        ConfigError: it holds a password, which the error does not show, or is a directory.
+    """
+    is_server = uri.startswith("http")
+    if _PASSWORD.search(uri) and (is_server or is_in_config):
+        rule = "holds a password, which would stand in files and messages"
+        of_server = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        cure = f"set {of_server if is_server else _ADDRESS} in the environment in its place"
+        raise ConfigError("mlflow_tracking_uri", _PASSWORD.sub("***", uri), rule, cure)
+    if not _ADDRESSES.match(uri) and uri not in _WITHOUT_ADDRESS:
+        # It keeps "lm loss" as a file and "lm loss/TASK" as a file in a directory of the same name.
+        rule, cure = "is a directory, which cannot hold these tags", "name a database, sqlite:///mlflow.db"
+        raise ConfigError("mlflow_tracking_uri", uri, rule, cure)
+
+
 def _name(tag: str) -> str:
-    """A tag as MLflow allows it; a task's name may hold anything."""
-    return re.sub(r"[^\w./: -]", "_", tag)
+    """A tag as MLflow allows it; a task's name may hold anything, and two names stay two."""
+    return re.sub(r"[^\w./: -]", lambda found: f"_{ord(found[0]):x}_", tag)
 
 
 def _parts(entries: Sequence[T], most: int) -> list[Sequence[T]]:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from malora_dist.config import Config
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, first_line
 from malora_dist.metrics.loggers.base import Logger
 
 
-def import_extra(package: str, extra: str) -> Any:
-    """A package of an extra of setup.py.
+def check_extra(extra: str, *packages: str) -> None:
+    """Refuse an extra of setup.py of which a package is missing; imports none, which takes seconds.
 
     Raises:
-        ConfigError: it cannot be imported; names the extra.
+        ConfigError: names the extra.
+    """
+    missing = next((package for package in packages if importlib.util.find_spec(package) is None), None)
+    if missing:
+        raise _missing(extra, f"{missing} is not installed")
+
+
+def import_extra(extra: str, *packages: str) -> None:
+    """See that the packages of an extra can be imported, too.
+
+    Raises:
+        ConfigError: names the extra.
     """
     try:
-        return importlib.import_module(package)
+        for package in packages:
+            importlib.import_module(package)
     except ImportError as error:
-        cure = f"in this project's checkout: pip install --editable '.[{extra}]' --constraint constraints.txt"
-        raise ConfigError("loggers", extra, f"needs the extra {extra} ({error})", cure) from error
+        raise _missing(extra, str(error)) from error
+
+
+def _missing(extra: str, reason: str) -> ConfigError:
+    cure = f"in this project's checkout: pip install --editable '.[{extra}]' --constraint constraints.txt"
+    return ConfigError("loggers", extra, f"needs the extra {extra} ({reason})", cure)
 
 
 class ServiceLogger(Logger):
@@ -35,6 +51,11 @@ class ServiceLogger(Logger):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._is_open = False
+
+    @classmethod
+    def remove(cls, config: Config) -> None:
+        """What the service itself has stays there; a run that begins anew is another to it."""
+        RunId(config, cls.name).remove()
 
     def _try(self, action: Callable[[], Any]) -> None:
         """Do it while nothing has failed yet."""
@@ -60,13 +81,13 @@ class RunId:
             return ""
         return self._file.read_text(encoding="utf-8").strip()
 
+    def remove(self) -> None:
+        """The run that has this name is another."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
     def write(self, run_id: str) -> None:
         """For those who go on."""
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_text(f"{run_id}\n", encoding="utf-8")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

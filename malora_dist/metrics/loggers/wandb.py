@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from malora_dist.config import Config
-from malora_dist.errors import ConfigError
+from malora_dist.errors import ConfigError, first_line
 from malora_dist.metrics.loggers.base import LOGGERS, Metrics, RunDescription, has_failed
-from malora_dist.metrics.loggers.service import RunId, ServiceLogger, first_line, import_extra
+from malora_dist.metrics.loggers.service import RunId, ServiceLogger, check_extra, import_extra
 
 #: The axis of all figures; wandb's own step cannot go back, which a run does that goes on from a checkpoint.
 STEP = "iteration"
@@ -27,6 +27,10 @@ class WandbLogger(ServiceLogger):
     """Writes to a run of wandb; one that goes on from a checkpoint in `save` adds to its former run."""
 
     name = "wandb"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_extra("wandb", "wandb")
 
     @classmethod
     def create(cls, config: Config) -> Self:
@@ -80,13 +84,11 @@ def _content(metrics: Metrics, step: int) -> Mapping[str, Any]:
     import wandb
     from PIL import Image
 
-    from malora_dist.metrics.pictures import draw
-
     bars = {
         tag: wandb.Histogram(np_histogram=(np.array(counts), np.arange(len(counts) + 1) - 0.5))
         for tag, counts in metrics.counts.items()
     }
     pictures = {
-        tag: wandb.Image(Image.open(io.BytesIO(png))) for tag, png in draw(metrics.tables, f"iteration {step}").items()
+        tag: wandb.Image(Image.open(io.BytesIO(png))) for tag, png in metrics.pictures(f"iteration {step}").items()
     }
     return {**metrics.scalars, **bars, **pictures}
