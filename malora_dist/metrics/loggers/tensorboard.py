@@ -1,6 +1,6 @@
 """TensorBoard: event files in ``tensorboard_dir``, else beside the checkpoints.
 
-What they hold: :mod:`malora_dist.metrics.tensorboard_events`, which takes a second to import: only runs that need it do.
+What they hold: :mod:`malora_dist.metrics.tensorboard_events`. It takes a second to import, hence only where asked for.
 """
 
 from __future__ import annotations
