@@ -1,6 +1,6 @@
 """TensorBoard: event files in ``tensorboard_dir``, else beside the checkpoints.
 
-What they hold: :mod:`malora_dist.metrics.tensorboard_events`. It takes a second to import, so only runs that need it do so.
+What they hold: :mod:`malora_dist.metrics.tensorboard_events`. It takes a second to import, which other runs save.
 """
 
 from __future__ import annotations
