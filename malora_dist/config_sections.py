@@ -7,9 +7,9 @@ Keys are flat and named as in Megatron-LM, ms-swift and PEFT. What a single key 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from malora_dist.fields import key
+from malora_dist.files import stem_of
 
 #: What an evaluation measures, and whether more of it is better; of one task with ``/TASK`` behind it.
 VALIDATION_METRICS = {"lm loss validation": False, "accuracy validation": True}
@@ -25,9 +25,9 @@ class TaskConfig:
     name: str = key("", "task name in logs and tables; default: the file's stem")
     path: str = key(
         "",
-        "a local .json/.jsonl file, or a hub data set name",
+        "a local .json, .jsonl, .csv or .parquet file, also as .gz; or a folder or hub name of a data set",
         required=True,
-        cure="name a .json/.jsonl file or a hub data set",
+        cure="name a data file or a hub data set",
     )
     validation_path: str = key("", "file of the validation split; default: validation_samples held out of path")
     weight: float = key(
@@ -38,13 +38,14 @@ class TaskConfig:
         "what the records look like; auto reads it off the columns",
         choices=("auto", "alpaca", "gsm8k", "completion", "messages"),
     )
+    subset: str = key("", "subset (configuration) of a hub data set that has several")
     split: str = key("train", "split of a hub data set")
     prompt_template: str = key("", "Python format string over the record's columns; replaces the format's prompt")
 
     @property
     def label(self) -> str:
         """The task's name, given or from its path."""
-        return self.name or Path(self.path).stem
+        return self.name or stem_of(self.path)
 
 
 @dataclass

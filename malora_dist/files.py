@@ -26,6 +26,12 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
+def stem_of(path: str | Path) -> str:
+    """The file's name without its ending, ``.gz`` being no ending of its own."""
+    stem = Path(path).stem
+    return Path(stem).stem if Path(path).suffix.lower() == ".gz" else stem
+
+
 def is_regular_file(path: str | Path) -> bool:
     """Whether it is a file that can be looked at: no device, FIFO, loop of links or impossible name; opens nothing."""
     try:

@@ -181,7 +181,7 @@ def test_file_errors(tmp_path: Path, content: list[object], message: str) -> Non
 def test_missing_files_and_wrong_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.jsonl: no such file; check the path"):
         load(str(tmp_path / "gone.jsonl"))
-    with pytest.raises(DataError, match=r"neither a .json or .jsonl file nor a data set with split 'train'"):
+    with pytest.raises(DataError, match=r"neither a data file \(.*\) nor a data set with split 'train'"):
         load(str(tmp_path / "gone"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "a", "completion": "b"}\n{"prompt": "\xe9"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl:2: not valid UTF-8"):

@@ -32,7 +32,7 @@ LAYERS = {
     "fields": Layer("errors"),
     "registry": Layer("errors"),
     "methods": Layer("errors fields registry"),
-    "config_sections": Layer("fields"),
+    "config_sections": Layer("files fields"),
     "config": Layer("errors files fields methods config_sections"),
     "config_file": Layer("errors files config_sections config"),
     "kernels": Layer("methods"),

@@ -8,7 +8,7 @@ Llama directory trained here on other skills than the tasks (malora_dist/data/sy
 number of steps is fixed, so that the same seed gives the same base; on one CPU core they take about
 a minute. A base made before by the same recipe is kept.
 
-The second only splits each of your .json/.jsonl files: up to 64 records, at most a fifth, are held
+The second only splits each of your files: up to 64 records, at most a fifth, are held
 out for validation, so that the quickstart's table is about records the training did not see.
 """
 
@@ -33,7 +33,7 @@ from malora_dist.data.records import read_records
 from malora_dist.data.schedule import keyed_permutation
 from malora_dist.data.synthetic import Sample, base_samples, write_split, write_tasks
 from malora_dist.errors import DataError, exit_on_user_error
-from malora_dist.files import path_argument
+from malora_dist.files import path_argument, stem_of
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<unk>")  # with the 256 bytes an even vocabulary, which TP=2 and 4 divide
 
@@ -162,15 +162,16 @@ def split_files(files: Sequence[Path], folder: Path, seed: int) -> list[Path]:
     """
     written: dict[str, Path] = {}
     for file in files:
-        if file.stem in written:
-            raise DataError(f"{file}: another file is named {file.stem} too; rename one, the name is the task's name")
+        name = stem_of(file)
+        if name in written:
+            raise DataError(f"{file}: another file is named {name} too; rename one, the name is the task's name")
         records = [record for _, record in read_records(str(file))]
         if len(records) < 2:
             raise DataError(f"{file}: has one record; training and validation need at least one each")
         held_out = max(1, min(64, len(records) // 5))
-        order = keyed_permutation(len(records), seed, "quickstart", file.stem).tolist()
+        order = keyed_permutation(len(records), seed, "quickstart", name).tolist()
         train, validation = ([records[i] for i in sorted(part)] for part in (order[held_out:], order[:held_out]))
-        written[file.stem] = write_split(folder, file.stem, train, validation)
+        written[name] = write_split(folder, name, train, validation)
     return list(written.values())
 
 
@@ -188,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     data = args.out / "data"
     files = split_files(args.data, data, args.seed) if args.data else write_tasks(data, args.seed)
-    print(f"data: {len(files)} tasks ({', '.join(file.stem for file in files)}) in {data}", flush=True)
+    print(f"data: {len(files)} tasks ({', '.join(stem_of(file) for file in files)}) in {data}", flush=True)
     if not args.data:
         logging.disable_progress_bar()  # the model is one small file
         make_base(args.out / "base", Recipe(seed=args.seed, steps=args.steps, num_layers=args.layers))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from malora_dist.config_sections import DataConfig, TaskConfig
+from malora_dist.data.data_files import is_data_file
 from malora_dist.data.formats import load_examples
 from malora_dist.data.reading import Reading
 from malora_dist.data.schedule import keyed_permutation
@@ -75,6 +76,8 @@ def load_tasks(
         ConfigError: format, prompt_template or validation_path cannot work.
     """
     progress = progress or Progress(is_shown=False)
+    for task in config.data:  # before the first of them is read, which may take long
+        _check_paths(task)
     return [_load_task(task, config, tokenizer, seed, progress) for task in config.data]
 
 
@@ -115,14 +118,23 @@ class _Split:
     reading: Reading
 
 
+def _check_paths(task: TaskConfig) -> None:
+    """Refuse paths that cannot be those of a task; opens nothing."""
+    if is_data_file(task.path) and task.subset:
+        rule = f"{task.path} is a file, which has no subsets"
+        raise ConfigError(f"data[{task.label}].subset", task.subset, rule, "remove it")
+    if task.validation_path and is_same_file(task.validation_path, task.path):
+        rule = "is the task's training file"
+        cure = "name another file, or remove it to hold samples out"
+        raise ConfigError(f"data[{task.label}].validation_path", task.validation_path, rule, cure)
+    if task.validation_path:
+        is_data_file(task.validation_path)
+
+
 def _load_task(
     task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, progress: Progress
 ) -> TaskDataset:
     name = task.label
-    if task.validation_path and is_same_file(task.validation_path, task.path):
-        rule = "is the task's training file"
-        cure = "name another file, or remove it to hold samples out"
-        raise ConfigError(f"data[{name}].validation_path", task.validation_path, rule, cure)
     read = _read_split(task, config, tokenizer, progress)
     if not read.samples:
         raise DataError(

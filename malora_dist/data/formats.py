@@ -109,7 +109,7 @@ def load_examples(
     """
     reading = reading or Reading()
     name, examples = "", []
-    for where, record in read_records(task.path, task.split, reading):
+    for where, record in read_records(task.path, task.split, reading, task.subset):
         with reading.record():
             if not name:
                 name = _format_name(task, record, where)

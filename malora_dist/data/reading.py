@@ -33,7 +33,7 @@ class Reading:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all content so far: of a local file the bytes, of a data set the records."""
+        """SHA-256 of all content so far: of a local file the bytes (unpacked), of a data set the records."""
         return self._hash.hexdigest()
 
     def add(self, content: bytes) -> bytes:

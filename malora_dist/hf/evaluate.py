@@ -28,7 +28,7 @@ from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import Example, load_examples
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import CheckpointError, ConfigError, DataError, exit_on_user_error
-from malora_dist.files import foreign_reader, is_regular_file, path_argument, read_json_object
+from malora_dist.files import foreign_reader, is_regular_file, path_argument, read_json_object, stem_of
 from malora_dist.hf.keys import check_tensors
 from malora_dist.pretrained import check_companions, load_tokenizer, weight_map
 
@@ -239,9 +239,9 @@ def _answer_start(tokens: TokenizedExample) -> int:
 def load_tasks(
     paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, max_samples: int | None
 ) -> Iterator[tuple[str, list[Example]]]:
-    stems = [path.stem for path in paths]
-    for path in paths:
-        name = path.stem if stems.count(path.stem) == 1 else str(path)
+    stems = [stem_of(path) for path in paths]
+    for path, stem in zip(paths, stems, strict=True):
+        name = stem if stems.count(stem) == 1 else str(path)
         examples = load_examples(TaskConfig(name=name, path=str(path)), tokenizer)[:max_samples]
         if not examples:
             raise DataError(f"{path}: holds no samples; name another file")
