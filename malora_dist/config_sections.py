@@ -40,7 +40,9 @@ class TaskConfig:
     )
     subset: str = key("", "subset (configuration) of a hub data set that has several")
     split: str = key("train", "split of a hub data set")
-    prompt_template: str = key("", "Python format string over the record's columns; replaces the format's prompt")
+    prompt_template: str = key(
+        "", "Python format string over the record's columns, null being empty; replaces the format's prompt"
+    )
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from malora_dist.config_sections import TaskConfig
 from malora_dist.data.formats import Example, Segment, load_examples
+from malora_dist.data.reading import Reading
 from malora_dist.data.tokenization import TokenizedExample, encode_example, fit
 from malora_dist.errors import ConfigError, DataError
 
@@ -147,8 +148,30 @@ def test_prompt_template_over_uneven_records(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"t.jsonl:2: no column 'x' for prompt_template"):
         load(path, prompt_template="{x}")
     path = write(tmp_path / "u.jsonl", {"prompt": "p", "completion": "c"})
+    with pytest.raises(DataError, match=r"t.jsonl: none of its 2 records .*t.jsonl:1: no column 'x.__class__' for"):
+        load_examples(
+            TaskConfig(path=str(tmp_path / "t.jsonl"), prompt_template="{x.__class__}"), None, Reading("skip")
+        )
     with pytest.raises(DataError, match=r"u.jsonl:1: does not fit prompt_template"):
         load(path, prompt_template="{prompt:d}")
+
+
+def test_columns_that_are_no_text_in_a_prompt_template(tmp_path: Path) -> None:
+    """Null is empty, as in a data set whose columns may be left out; never a text that Python makes of a value."""
+    record = {"prompt": "p", "completion": "c", "x": None}
+    (example,) = load(write(tmp_path / "t.jsonl", record), prompt_template="{prompt}|{x}|{x!s:>2}")
+    assert example.prompt == "p||  "
+    for value, shown in (([1, "\ud800"], r'\[1, "\\ud800"\]'), ({"a": None}, '{"a": null}')):
+        path = write(tmp_path / "t.jsonl", record, record | {"x": value})
+        with pytest.raises(DataError, match=f"^{path}:2: x={shown}: prompt_template takes texts and numbers; write"):
+            load(path, prompt_template="{x}")
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}"], ids=["digits", "deep"])
+def test_the_line_of_an_unusable_element_of_an_array(tmp_path: Path, value: str) -> None:
+    (file := tmp_path / "t.json").write_text(f'\n[ {{"a": 1}},\n2,\n\n{value}, 3]')
+    with pytest.raises(DataError, match=rf"^{file}:5: not usable JSON \("):
+        load(str(file))
 
 
 GOOD = {"prompt": "p", "completion": "c"}
@@ -165,6 +188,7 @@ GOOD = {"prompt": "p", "completion": "c"}
         ([GOOD, {"prompt": "p", "completion": 3}], r"^{file}:2: completion=3: must be a string; mend or remove"),
         ([GOOD, {"prompt": None, "completion": "c"}], r"^{file}:2: prompt=null: must be a string"),
         ([{"a": 1, "b": 2}], r"^{file}:1: the columns a, b fit no format; rename them to those of alpaca \("),
+        ([{"p\ud800": "p"}], r"^{file}:1: the columns p\\ud800 fit no format"),
         ([{**GOOD, "question": "q", "answer": "a"}], r"fit the formats gsm8k and completion; set format"),
         ([], r"^{file}: holds no records"),
         (["[]"], r"^{file}: holds no records"),

@@ -12,6 +12,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,8 +97,10 @@ def _json_records(file: BinaryIO, path: Path, reading: Reading) -> UnreadRecords
 
 def _parse(raw: bytes, path: Path, line: int) -> Any:
     """The JSON value in ``raw``, which starts at the given line of the file."""
+    text = ""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        return json.loads(text)
     except UnicodeDecodeError as error:
         raise _not_utf8(error, path, line + raw.count(b"\n", 0, error.start)) from error
     except json.JSONDecodeError as error:
@@ -106,7 +109,22 @@ def _parse(raw: bytes, path: Path, line: int) -> Any:
             "a file is either one JSON object per line or one array of objects"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in ...
+        line += text.count("\n", 0, _first_unusable(text))
         raise DataError(f"{path}:{line}: not usable JSON ({first_line(error)}); mend or remove it") from error
+
+
+def _first_unusable(text: str) -> int:
+    """Where the first element of a JSON array starts that cannot be parsed; 0 for a text that is no array."""
+    decoder, place = json.JSONDecoder(), 0
+    array = re.match(r"\s*\[\s*", text)
+    try:
+        while array:
+            place = array.end()
+            _, end = decoder.raw_decode(text, place)
+            array = re.compile(r"\s*,\s*").match(text, end)
+    except (ValueError, RecursionError):
+        pass
+    return place
 
 
 def _not_utf8(error: UnicodeDecodeError, path: Path, line: int) -> DataError:

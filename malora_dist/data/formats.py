@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from malora_dist.config_sections import TaskConfig
 from malora_dist.data.chat import render_chat
 from malora_dist.data.reading import Reading
-from malora_dist.data.records import Record, read_records, text_of, writable
+from malora_dist.data.records import Record, columns_of, read_records, text_of, value_shown, writable
 from malora_dist.data.segments import Example, Segment
 from malora_dist.errors import ConfigError, DataError
 
@@ -137,7 +137,7 @@ def _format_name(task: TaskConfig, record: Record, where: str) -> str:
     else:
         known = ", ".join(f"{name} ({', '.join(columns)})" for name, columns in _COLUMNS.items())
         problem = f"fit no format; rename them to those of {known}, or set format and prompt_template"
-    raise DataError(f"{where}: the columns {', '.join(record) or '(none)'} {problem}")
+    raise DataError(f"{where}: the columns {columns_of(record)} {problem}")
 
 
 def _check_template(task: TaskConfig, name: str, record: Record | None) -> None:
@@ -155,7 +155,7 @@ def _check_template(task: TaskConfig, name: str, record: Record | None) -> None:
         if not _SPEC.fullmatch(spec):
             raise ConfigError(key, template, f"formats {{{field}}} as {spec!r}", f"write {{{field}}} alone")
         if record is not None and field not in record:
-            rule = f"names {{{field}}}, but the columns are {', '.join(record)}"
+            rule = f"names {{{field}}}, but the columns are {columns_of(record)}"
             raise ConfigError(key, template, rule, f"use one of them; {_BRACES}")
 
 
@@ -167,13 +167,23 @@ def _render(form: _Format, template: str, record: Record, where: str) -> Example
 
 
 def _fill(template: str, record: Record, where: str) -> str:
+    values = {}
+    for _, column, _, _ in string.Formatter().parse(template):
+        if column is None:
+            continue
+        if column not in record:
+            found = f"no column {column!r} for prompt_template (found: {columns_of(record)})"
+            raise DataError(f"{where}: {found}; add it or remove the record")
+        value = record[column]
+        if isinstance(value, list | dict | bytes):
+            rule = f"{column}={value_shown(value)}: prompt_template takes texts and numbers"
+            raise DataError(f"{where}: {rule}; write it as a text, or take it out of the template")
+        values[column] = "" if value is None else value
     try:
-        return writable(template.format_map(record), "prompt_template with its columns", where)
-    except KeyError as error:
-        raise DataError(f"{where}: no column {error} for prompt_template; add it or remove the record") from error
+        return writable(template.format_map(values), "prompt_template with its columns", where)
     except DataError:
         raise
-    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: does not fit prompt_template ({error}); change one of the two") from error
 
 

@@ -45,7 +45,9 @@ def read_records(
         with reading.record():
             record = load()
             if not isinstance(record, dict):
-                raise DataError(f"{where}: a record must be a JSON object, not {_shown(record)}; mend or remove it")
+                raise DataError(
+                    f"{where}: a record must be a JSON object, not {value_shown(record)}; mend or remove it"
+                )
             count += 1
             yield where, record
     reading.check_not_empty(path, count)
@@ -65,11 +67,10 @@ def text_of(record: Record, column: str, where: str) -> str:
         DataError: the column is missing or not a string.
     """
     if column not in record:
-        found = ", ".join(record) or "none"
-        raise DataError(f"{where}: no column {column!r} (found: {found}); add it or remove the record")
+        raise DataError(f"{where}: no column {column!r} (found: {columns_of(record)}); add it or remove the record")
     value = record[column]
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column}={_shown(value)}: must be a string; mend or remove the record")
+        raise DataError(f"{where}: {column}={value_shown(value)}: must be a string; mend or remove the record")
     return writable(value, column, where)
 
 
@@ -119,10 +120,20 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _shown(value: object) -> str:
+def columns_of(record: Record) -> str:
+    """The names of a record's columns, for a message."""
+    return _printable(", ".join(record)) or "none"
+
+
+def value_shown(value: object) -> str:
     """A value for a message: as in JSON, cut to one short line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except RecursionError:
         return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return _printable(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _printable(text: str) -> str:
+    """The text with halves of surrogate pairs, which no terminal or file takes, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
