@@ -147,6 +147,11 @@ class DataConfig:
         "records that cannot be used (malformed JSON, a missing column, a wrong type): `refuse`, or `skip` and say so",
         choices=("refuse", "skip"),
     )
+    allow_special_tokens_in_data: bool = key(
+        True,
+        "whether records may spell special tokens, as `</s>`, which the model reads as such; they are counted at the "
+        "start. false: such records cannot be used, see corrupt_data",
+    )
     packing: bool = key(False, "put several samples into one row of seq_length positions; they do not see one another")
     validation_samples: int = key(
         64, "samples held out per task that names no validation_path; 0: none", minimum=0, cure="set 0 for none"

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from malora_dist.config_sections import DataConfig, TaskConfig
@@ -185,3 +186,33 @@ def test_skipped_records_are_counted_and_the_first_told(tmp_path: Path, tokenize
 def test_templates_only_fill_in_columns(template: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ConfigError, match=r"^data\[t\]\.prompt_template="):
         load(tokenizer, TaskConfig(path=write(tmp_path / "t.jsonl", 6), prompt_template=template))
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_special_tokens_that_the_text_spells(is_chat: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """They are counted where the data writes them, not where a template does."""
+    records = [{"prompt": "p", "completion": "c"}, {"prompt": "<s></s>", "completion": "a</s>b<|im_en"}]
+    task = TaskConfig(path=str(tmp_path / "t.jsonl"), prompt_template="<|im_start|>{prompt}")
+    if is_chat:
+        task.prompt_template = ""
+        roles = (("user", "prompt"), ("assistant", "completion"))
+        records = [{"messages": [{"role": role, "content": r[name]} for role, name in roles]} for r in records]
+    Path(task.path).write_text("".join(json.dumps(record) + "\n" for record in records))
+    [found] = load(tokenizer, task, validation_samples=0)
+    assert found.report.splitlines()[1:] == [
+        f"special tokens inside the text: 3 (</s> 2, <s> 1), first at {task.path}:2; "
+        "allow_special_tokens_in_data=false refuses them"
+    ]
+    message = r"t\.jsonl:2: its text spells the special token <s>, which is not allowed; remove it, or set allow_spec"
+    with pytest.raises(DataError, match=message):
+        load(tokenizer, task, allow_special_tokens_in_data=False)
+    [skipping] = load(tokenizer, task, allow_special_tokens_in_data=False, corrupt_data="skip", validation_samples=0)
+    assert (len(skipping.train), skipping.skipped, skipping.special_tokens) == (1, 1, [])
+
+
+def test_special_tokens_that_are_only_added(tmp_path: Path) -> None:
+    """As Llama 3's, which are in no special_tokens_map."""
+    tokenizer = letter_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|reserved|>", special=True), AddedToken("<think>", special=False)])
+    [found] = load(tokenizer, TaskConfig(path=write(tmp_path / "t.jsonl", 2, answer="<|reserved|><think>")))
+    assert "2 (<|reserved|> 2), first" in found.report

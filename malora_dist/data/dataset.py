@@ -36,6 +36,7 @@ class TaskDataset:
         blank: samples left out for their empty answer, in both splits.
         skipped: records left out because they cannot be used, in both splits; only with ``corrupt_data: skip``.
         skip_reasons: why, for the first few of each split.
+        special_tokens: what is to be told of special tokens that the text spells, a line per split that has some.
         fingerprints: {``train`` or ``validation``: SHA-256 of what was read for it, ``split``: SHA-256 of which
             records are in which of the two}.
     """
@@ -48,11 +49,15 @@ class TaskDataset:
     blank: int
     skipped: int = 0
     skip_reasons: list[str] = dataclasses.field(default_factory=list)
+    special_tokens: list[str] = dataclasses.field(default_factory=list)
     fingerprints: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def report(self) -> str:
-        """The counts in one line, for the log, and what was skipped; tokens are those of the training samples."""
+        """The counts in one line, for the log, what was skipped, and special tokens in the text.
+
+        Tokens are those of the training samples.
+        """
         tokens = sum(len(sample.token_ids) for sample in self.train)
         trained = sum(sum(sample.trained) for sample in self.train)
         skipped = [f", {self.skipped:,} corrupt and skipped, for example", *self.skip_reasons] if self.skipped else []
@@ -60,6 +65,7 @@ class TaskDataset:
             f"{self.name}: {len(self.train):,} training and {len(self.validation):,} validation samples, "
             f"{tokens:,} tokens ({trained:,} trained), {self.overlong:,} overlong, {self.blank:,} blank answers"
             + "\n".join(skipped)
+            + "".join(f"\n{line}" for line in self.special_tokens)
         )
 
 
@@ -158,8 +164,19 @@ def _load_task(
         blank=sum(split.blank for split in splits.values()),
         skipped=sum(split.reading.skipped for split in splits.values()),
         skip_reasons=[reason for split in splits.values() for reason in split.reading.reasons],
+        special_tokens=[line for split in splits.values() for line in _special_tokens_told(split.reading)],
         fingerprints=fingerprints | {"split": _digest(train, validation)},
     )
+
+
+def _special_tokens_told(reading: Reading) -> list[str]:
+    if not reading.special_tokens:
+        return []
+    counts = ", ".join(f"{token} {count:,}" for token, count in reading.special_tokens.most_common(3))
+    return [
+        f"special tokens inside the text: {reading.special_tokens.total():,} ({counts}), first at "
+        f"{reading.first_special_token}; allow_special_tokens_in_data=false refuses them"
+    ]
 
 
 def _digest(*parts: Sequence[TokenizedExample]) -> str:
@@ -169,7 +186,7 @@ def _digest(*parts: Sequence[TokenizedExample]) -> str:
 
 
 def _read_split(task: TaskConfig, config: DataConfig, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> _Split:
-    reading = Reading(config.corrupt_data)
+    reading = Reading(config.corrupt_data, config.allow_special_tokens_in_data)
     with progress.phase(f"reading {task.label}"):
         examples = load_examples(task, tokenizer, reading)
     answered = [example for example in examples if example.answer.strip()]

@@ -13,6 +13,7 @@ from malora_dist.data.chat import render_chat
 from malora_dist.data.reading import Reading
 from malora_dist.data.records import Record, columns_of, read_records, text_of, value_shown, writable
 from malora_dist.data.segments import Example, Segment
+from malora_dist.data.special_tokens import SpecialTokens
 from malora_dist.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def load_examples(
     """Read a task's records and render each into an :class:`Example`, in the file's order.
 
     Args:
-        tokenizer: its chat template renders ``messages``; the other formats do not need it.
+        tokenizer: its chat template renders ``messages``, and its special tokens are looked for in the data.
         reading: is given all that is read, and says what becomes of a record that cannot be used.
 
     Raises:
@@ -108,6 +109,7 @@ def load_examples(
         ConfigError: format or prompt_template do not fit the file.
     """
     reading = reading or Reading()
+    special = SpecialTokens(tokenizer)
     name, examples = "", []
     for where, record in read_records(task.path, task.split, reading, task.subset):
         with reading.record():
@@ -115,9 +117,11 @@ def load_examples(
                 name = _format_name(task, record, where)
                 _check_template(task, name, None if reading.skips else record)
             if name == "messages":
-                examples.append(render_chat(record, where, tokenizer))
+                example = render_chat(record, where, tokenizer)
             else:
-                examples.append(_render(_FORMATS[name], task.prompt_template, record, where))
+                example = _render(_FORMATS[name], task.prompt_template, record, where)
+            reading.note_special_tokens(special.in_data(record, example, task.prompt_template), where)
+            examples.append(example)
     reading.check_not_empty(task.path, len(examples))
     return examples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,18 +18,24 @@ class Reading:
 
     Args:
         corrupt_data: ``refuse``: the first record that cannot be used is an error; ``skip``: it is left out.
+        allow_special_tokens: whether a record that spells a special token can be used.
 
     Attributes:
         skipped: how many records were left out.
         reasons: of the first few, why; each starts with ``FILE:LINE`` or the record's number.
+        special_tokens: how often the records that are used spell each special token.
+        first_special_token: where the first of them stands.
     """
 
-    def __init__(self, corrupt_data: str = "refuse") -> None:
+    def __init__(self, corrupt_data: str = "refuse", allow_special_tokens: bool = True) -> None:
         if corrupt_data not in ("refuse", "skip"):
             raise ValueError(f"corrupt_data={corrupt_data!r}")
         self.skips = corrupt_data == "skip"
         self.skipped = 0
         self.reasons: list[str] = []
+        self.special_tokens = Counter[str]()
+        self.first_special_token = ""
+        self._allows_special_tokens = allow_special_tokens
         self._hash = hashlib.sha256()
 
     @property
@@ -56,6 +63,21 @@ class Reading:
             self.skipped += 1
             if len(self.reasons) < _SHOWN:
                 self.reasons.append(str(error))
+
+    def note_special_tokens(self, found: Counter[str], where: str) -> None:
+        """Take the special tokens that a record spells into account.
+
+        Raises:
+            DataError: there are some, and they are not allowed.
+        """
+        if found and not self._allows_special_tokens:
+            raise DataError(
+                f"{where}: its text spells the special token {next(iter(found))}, which is not allowed; "
+                "remove it, or set allow_special_tokens_in_data=true"
+            )
+        if found and not self.special_tokens:
+            self.first_special_token = where
+        self.special_tokens += found
 
     def check_not_empty(self, path: str, count: int) -> None:
         """Refuse a file of which nothing can be used.
