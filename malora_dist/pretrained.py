@@ -5,6 +5,7 @@ No code from a directory is ever run: weights have to be safetensors, and ``trus
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -71,17 +72,42 @@ def load_tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
         vocab_size: of the model.
 
     Raises:
-        CheckpointError: its files are missing or damaged, or it has tokens that the model has no embedding of.
+        CheckpointError: its files are missing or damaged, or need a library that is not there; it has tokens that the
+            model has no embedding of, or neither an EOS nor a pad token.
     """
     check_companions(directory)
+    _check_sentencepiece(directory)
     cure = "import a model that has its tokenizer files"
     with foreign_reader(directory, cure, "its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        highest = max([*tokenizer.get_vocab().values(), *(token for token in special if token is not None)], default=-1)
-        tokenizer("a")
-    if not 0 <= highest < vocab_size:
+        ids = {*tokenizer.get_vocab().values(), *tokenizer("a").input_ids, *special} - {None}
+        highest = max(ids, default=-1)
+        name = tokenizer.convert_ids_to_tokens(max(highest, 0))
+    if highest < 0:
+        raise CheckpointError(f"{directory}: its tokenizer has no tokens; {cure}")
+    if highest >= vocab_size:
         raise CheckpointError(
-            f"{directory}: its tokenizer has ids up to {highest}, but the model has {vocab_size} embeddings; {cure}"
+            f"{directory}: its tokenizer's token {name!r} has the id {highest}, but the model has embeddings of ids 0 "
+            f"to {vocab_size - 1} only ({vocab_size} rows); take the tokenizer that belongs to the model, or enlarge "
+            "the model with resize_token_embeddings"
         )
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        cure = "name one that it has in tokenizer_config.json, as eos_token"
+        raise CheckpointError(f"{directory}: its tokenizer has neither an EOS token nor a pad token; {cure}")
     return tokenizer
+
+
+def _check_sentencepiece(directory: Path) -> None:
+    """Refuse a tokenizer that only has SentencePiece's form, which transformers cannot read without its library.
+
+    (It tries tiktoken next, of which Llama 3's first release holds a file under the same name.)
+    """
+    file = directory / "tokenizer.model"
+    if not is_regular_file(file) or os.path.lexists(directory / "tokenizer.json"):
+        return
+    if not any(importlib.util.find_spec(library) for library in ("sentencepiece", "tiktoken")):
+        raise CheckpointError(
+            f"{file}: is read by the library sentencepiece, which is not installed; pip install sentencepiece, or add "
+            "the model's tokenizer.json"
+        )

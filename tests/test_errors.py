@@ -137,14 +137,15 @@ def test_data(lines: list[str] | None, overrides: list[str], expected: str, refu
     refuse(expected.format(file=file), *overrides, data=file)
 
 
-def test_truncation_is_reported(workers: WorkerPool, base_dir: Path, tmp_path: Path) -> None:
+def test_truncation_and_a_short_context_are_reported(workers: WorkerPool, base_dir: Path, tmp_path: Path) -> None:
     """Overlong samples are cut by default, and their number stands above the first step's line."""
     file = tmp_path / "task.jsonl"
-    file.write_text("\n".join(record(n * "ab") for n in (1, 20, 20)))
-    arguments = run_arguments(base_dir, file, tmp_path / "save", "seq_length=32")
+    file.write_text("\n".join(record(n * "ab") for n in (1, 80, 80)))
+    arguments = run_arguments(base_dir, file, tmp_path / "save", "seq_length=129")
     [ended] = workers.run("jobs_errors:train_main", 1, arguments=arguments)
     assert (ended.code, ended.stderr) == (0, "")
     assert re.search(r"task: 3 training .* 2 overlong.*\n(.*\n)*iteration 1/1", ended.stdout)
+    assert "\nseq_length=129: the base knows 128 positions (max_position_embeddings)" in ended.stdout
 
 
 def test_ranks_that_read_different_data_are_refused(refuse: Refuse, tmp_path: Path) -> None:

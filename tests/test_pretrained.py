@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -73,10 +74,50 @@ def test_a_tokenizer_without_files(llama: Path) -> None:
         load_tokenizer(llama, 50)
 
 
+def _edit(file: Path, **changes: object) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
 def test_tokens_without_an_embedding(llama: Path) -> None:
     assert load_tokenizer(llama, 50).eos_token_id == 2
-    with pytest.raises(CheckpointError, match="has ids up to 49, but the model has 49 embeddings"):
+    last = load_tokenizer(llama, 50).convert_ids_to_tokens(49)
+    with pytest.raises(CheckpointError, match=rf"token '{last}' has the id 49, but .* 0 to 48 only \(49 rows\); take"):
         load_tokenizer(llama, 49)
+    _edit(llama / "tokenizer_config.json", pad_token="<mypad>")
+    with pytest.raises(CheckpointError, match=r"token '<mypad>' has the id 50, but .* \(50 rows\)"):
+        load_tokenizer(llama, 50)
+
+
+def test_an_id_that_only_a_post_processor_writes(llama: Path) -> None:
+    special = {"id": "<s>", "ids": [70], "tokens": ["<s>"]}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processor = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {"<s>": special}}
+    _edit(llama / "tokenizer.json", post_processor=processor)
+    with pytest.raises(CheckpointError, match=r"token None has the id 70, but"):
+        load_tokenizer(llama, 50)
+
+
+def test_neither_eos_nor_pad(llama: Path) -> None:
+    _edit(llama / "tokenizer_config.json", pad_token=None)
+    assert load_tokenizer(llama, 50).pad_token_id is None
+    _edit(llama / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(
+        CheckpointError, match=r"llama: its tokenizer has neither an EOS token nor a pad token; name one"
+    ):
+        load_tokenizer(llama, 50)
+
+
+def test_a_sentencepiece_model_without_its_library(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    libraries = ("sentencepiece", "tiktoken")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *p: None if name in libraries else found(name, *p))
+    (llama / "tokenizer.model").write_bytes(b"x")
+    assert load_tokenizer(llama, 50)  # tokenizer.json goes first
+    (llama / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: is read by the library sentencepiece.*; pip install"):
+        load_tokenizer(llama, 50)
 
 
 @pytest.mark.parametrize("name", ["../llama/model.safetensors", "/etc/passwd", "", 3, None, "a\0"])

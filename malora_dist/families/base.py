@@ -31,6 +31,7 @@ class DecoderConfig(Protocol):
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+    max_position_embeddings: int
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_parameters: Any

@@ -349,6 +349,11 @@ class Trainer:
         """What a run says before its first step, besides its banner."""
         trained, last = self.trained, self.config.last_iteration
         yield self.batches.describe()
+        if self.config.seq_length > self.hf.max_position_embeddings:
+            yield (
+                f"seq_length={self.config.seq_length}: the base knows {self.hf.max_position_embeddings} positions "
+                "(max_position_embeddings), and does worse beyond them; lower it, or take a base with a longer context"
+            )
         yield from self.notes
         if self.start:
             at = f"at iteration {trained.iteration}" if trained.iteration else "with a fresh optimizer"
