@@ -7,7 +7,7 @@ import string
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from malora_dist.config_sections import TaskConfig
@@ -333,6 +333,44 @@ def test_real_tokenizer_token_by_token(llama_tokenizer: PreTrainedTokenizerBase)
     assert tokens == [*prompt, "▁", "4", "2", "</s>"]  # one space: a tokenizer of the answer alone would write two
     assert encoded.trained == [False] * len(prompt) + [True] * 4
     assert llama_tokenizer.decode(encoded.token_ids, skip_special_tokens=True) == "Question: 4?\nAnswer: 42"
+
+
+@pytest.mark.parametrize(
+    ("template", "ended_right"),
+    [("Q: {q}\nA: ", 11), ("Q: {q}\nA:  ", 11), ("Q: {q}\nA:", 40), ("{q}\n", 40), ("{q}\t", 40)],
+)
+def test_samples_decode_to_their_text(
+    template: str, ended_right: int, shared: Path, llama_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """No space is put between prompt and answer, and the tokens stay what they were where there was none."""
+    lines = (shared / "data" / "math" / "gsm8k_test.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    unchanged = 0
+    for record in map(json.loads, lines):
+        prompt, answer = template.format(q=record["question"]), record["answer"]
+        encoded = encode_example(Example((Segment(prompt, False), Segment(answer, True))), llama_tokenizer)
+        assert llama_tokenizer.decode(encoded.token_ids, skip_special_tokens=True) == prompt + answer
+        head = llama_tokenizer(prompt).input_ids
+        assert encoded.token_ids[: len(head)] == head  # as at inference
+        by_itself = llama_tokenizer(answer, add_special_tokens=False).input_ids
+        behind = llama_tokenizer(prompt + answer).input_ids[len(head) :]
+        unchanged += encoded.token_ids[len(head) : -1] in (by_itself, behind)
+    assert unchanged == ended_right
+
+
+def test_an_answer_that_makes_a_word_with_the_last_letter(llama_tokenizer: PreTrainedTokenizerBase) -> None:
+    encoded = encode_example(Example((Segment("t ", False), Segment("he", True))), llama_tokenizer)
+    assert llama_tokenizer.decode(encoded.token_ids, skip_special_tokens=True) == "t he"
+
+
+def test_a_tokenizer_that_reads_line_breaks_as_spaces() -> None:
+    tokens = ["<pad>", "</s>", "▁", *"abc:", "▁a"]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [("▁", "a")], unk_token="<pad>"))
+    steps = [normalizers.Replace("\n", " "), normalizers.Strip(right=False), normalizers.Prepend("▁")]
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    spaced = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    encoded = encode_example(Example((Segment("b: ", False), Segment("ac", True))), spaced)
+    assert spaced.convert_ids_to_tokens(encoded.token_ids) == ["▁", "b", ":", "▁", "a", "c", "</s>"]
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from malora_dist.data.segments import Example
@@ -37,7 +35,8 @@ class TokenizedExample:
 def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> TokenizedExample:
     """Tokens of a sample, up to the end of its last trained segment (what follows earns no loss).
 
-    Each segment is tokenised apart, so that a prompt has the tokens it has at inference.
+    Each segment is tokenised apart, so that a prompt has the tokens it has at inference; together they decode to the
+    sample's text.
     EOS ends each trained segment, and BOS is put in front if the tokenizer puts it in front of
     its own prompts. A chat template writes both itself: nothing is added to its text.
 
@@ -47,11 +46,9 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Toke
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if eos is None and not example.templated:
         raise DataError(f"tokenizer {tokenizer.name_or_path!r} has no EOS token, so no answer could end; set eos_token")
-    # verbose=False: the warning about model_max_length is premature, fit() comes after
-    encode = cache(lambda text: tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else [])
     cure = "mend it, or the tokenizer.json"
     with foreign_reader(example.source or "a sample", cure, "the tokenizer fails on it", DataError):
-        token_ids, trained = _encode_segments(example, eos, encode)
+        token_ids, trained = _encode_segments(example, eos, _Texts(tokenizer))
         adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     starts_with_bos = bos is not None and token_ids[:1] == [bos]
     if adds_bos and not starts_with_bos and not example.templated:
@@ -60,13 +57,38 @@ def encode_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> Toke
     return TokenizedExample(token_ids, trained, starts_with_bos=starts_with_bos, source=example.source)
 
 
-def _encode_segments(example: Example, eos: Any, encode: Callable[[str], list[int]]) -> tuple[list[int], list[bool]]:
-    """(token ids, whether each is trained) up to the end of the last trained segment."""
+class _Texts:
+    """A tokenizer without its special tokens; what it has encoded is kept."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._encoded: dict[str, list[int]] = {"": []}
+
+    def encode(self, text: str) -> list[int]:
+        """Its token ids."""
+        if text not in self._encoded:
+            # verbose=False: the warning about model_max_length is premature, fit() comes after
+            self._encoded[text] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return self._encoded[text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens, as exact as the tokenizer knows it."""
+        text = self._tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+#: (token ids, whether each is trained)
+_Tokens = tuple[list[int], list[bool]]
+
+
+def _encode_segments(example: Example, eos: Any, texts: _Texts) -> _Tokens:
+    """The tokens up to the end of the last trained segment."""
     token_ids: list[int] = []
     trained: list[bool] = []
     before = ""
     for segment in example.segments[: example.last_trained + 1]:
-        ids = _continuation(before, segment.text, encode)
+        ids = _continuation(before, segment.text, texts)
         before = segment.text
         if segment.trained and not example.templated and ids[-1:] != [eos]:
             ids = [*ids, eos]
@@ -75,16 +97,23 @@ def _encode_segments(example: Example, eos: Any, encode: Callable[[str], list[in
     return token_ids, trained
 
 
-def _continuation(before: str, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-    """Tokens of a text that follows the text ``before``.
+def _continuation(before: str, text: str, texts: _Texts) -> list[int]:
+    """Tokens of a text that follows the text ``before``, whose own tokens are those that it has at inference.
 
-    Tokenizers in SentencePiece's manner put a space in front of every text they are given. The
-    tokens of a continuation are therefore those it adds to the text before it; where the two grow
-    together into one token, the text is tokenised by itself, since at inference the prompt is a
-    text by itself too.
+    They are what the text adds to the tokens before it. Where the two grow together into one token, the text is
+    tokenised by itself. Tokenizers in SentencePiece's manner put a space in front of every text they are given, which
+    would then be one too many: the text is tokenised behind some other text that it does not grow together with.
     """
-    head, whole = encode(before), encode(before + text)
-    return whole[len(head) :] if whole[: len(head)] == head else encode(text)
+    head, whole = texts.encode(before), texts.encode(before + text)
+    if whole[: len(head)] == head:
+        return whole[len(head) :]
+    right = texts.decode(whole)
+    for anchor in ("", "\n", before.rstrip()[-1:]):
+        start, anchored = texts.encode(anchor), texts.encode(anchor + text)
+        ids = anchored[len(start) :]
+        if anchored[: len(start)] == start and texts.decode(head + ids) == right:
+            return ids
+    return texts.encode(text)
 
 
 def fit(example: TokenizedExample, seq_length: int, overlong: str) -> TokenizedExample | None:
