@@ -7,7 +7,10 @@ raising anything that is no :class:`MaloraError`. tests/test_fuzzing.py runs eac
 from __future__ import annotations
 
 import atexit
+import csv
 import functools
+import gzip
+import io
 import json
 import random
 import shutil
@@ -16,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -265,6 +270,27 @@ def data_arrays(rng: random.Random, folder: Path) -> None:
     """A JSON array of every format, damaged."""
     file = folder / "d.json"
     file.write_text(json.dumps(_RECORDS[rng.choice(list(_RECORDS))]))
+    damage(rng, file)
+    _read_data(rng, file)
+
+
+@register
+def data_tables(rng: random.Random, folder: Path) -> None:
+    """CSV and Parquet files and compressed ones of two formats, damaged."""
+    records = _RECORDS[rng.choice(("completion", "alpaca"))]
+    file = folder / rng.choice(("d.csv", "d.parquet", "d.jsonl.gz", "d.csv.gz"))
+    text = io.StringIO()
+    rows = csv.DictWriter(text, list(records[0]), quoting=csv.QUOTE_ALL)
+    rows.writeheader()
+    rows.writerows(records)
+    content = text.getvalue().encode()
+    if file.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    elif file.suffix == ".gz":
+        content = content if file.stem == "d.csv" else "".join(json.dumps(r) + "\n" for r in records).encode()
+        file.write_bytes(gzip.compress(content, mtime=0))
+    else:
+        file.write_bytes(content)
     damage(rng, file)
     _read_data(rng, file)
 
