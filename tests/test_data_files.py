@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import hashlib
 import io
 import json
 import os
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -138,3 +140,17 @@ def test_a_subset_of_a_data_set(tmp_path: Path) -> None:
     config = DataConfig(data=[TaskConfig(path=str(tmp_path / "one.jsonl"), subset="two")])
     with pytest.raises(ConfigError, match=r"^data\[one\]\.subset='two': .*one\.jsonl is a file, which has no subsets"):
         load_tasks(config, letter_tokenizer(), seed=1)
+
+
+def test_the_fingerprint_of_a_data_set_sees_what_json_has_not(tmp_path: Path) -> None:
+    values = [datetime.date(2020, 1, 2), datetime.datetime(2020, 1, 2), Decimal("1.5"), b"a", datetime.timedelta(1)]
+    others = [datetime.date(2020, 1, 3), datetime.datetime(2020, 1, 3), Decimal("1.6"), b"b", datetime.timedelta(2)]
+
+    def fingerprint(row: list[object]) -> str:
+        folder = tmp_path / hashlib.sha256(repr(row).encode()).hexdigest()
+        folder.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table([[value] for value in row], list("abcde")), folder / "t.parquet")
+        return read(folder)[1].fingerprint
+
+    changed = [[*values[:i], others[i], *values[i + 1 :]] for i in range(len(values))]
+    assert len({fingerprint(row) for row in [values, *changed, values]}) == 1 + len(values)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date, time, timedelta
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +104,14 @@ def _hub_records(name: str, subset: str, split: str, reading: Reading) -> Unread
             f"that can be loaded ({reason}); check path, subset and split"
         ) from error
     for i, record in enumerate(dataset, start=1):
-        reading.add(json.dumps(record, default=lambda value: type(value).__name__).encode() + b"\n")
+        reading.add(json.dumps(record, default=_fingerprinted).encode() + b"\n")
         yield f"{name}[{split}]: record {i}", partial(as_is, record)
+
+
+def _fingerprinted(value: object) -> str:
+    """What stands in a fingerprint for a value that JSON has not; a picture's text would differ between processes."""
+    has_exact_text = isinstance(value, date | time | timedelta | Decimal | bytes)
+    return str(value) if has_exact_text else type(value).__name__
 
 
 @contextmanager
