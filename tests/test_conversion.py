@@ -33,6 +33,9 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
 def make_llama(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **fields: object) -> Path:
     """A tiny random Llama, untied with grouped queries unless `fields` say otherwise."""
     torch.manual_seed(0)
@@ -224,7 +227,10 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path, change: Callable, 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral', must be 'llama'"),
+        ({"model_type": "gpt2"}, "model_type='gpt2', must be one of llama, mistral"),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window=0, must be null or at least 1; correct it"),
+        (MISTRAL | {"hidden_act": "gelu"}, "must be 'silu'; use a Mistral with the SwiGLU of the original"),
+        (MISTRAL | {"architectures": ["MixtralForCausalLM"]}, "must be ['MistralForCausalLM']; only Mistral models"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures=['LlamaForSequenceClassification']"),
         ({"attention_bias": True}, "attention_bias=True, must be False"),
         ({"mlp_bias": True}, "mlp_bias=True, must be False"),
@@ -367,5 +373,5 @@ def test_tool_reports_errors_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         run_tool(convert_tool, monkeypatch, "import", "--hf-model", tmp_path, "--megatron-path", tmp_path / "base")
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}: has no config.json; name the directory of a Hugging Face Llama\n"
+        f"error: {tmp_path}: has no config.json; name the directory of a Hugging Face model: Llama, Mistral\n"
     )

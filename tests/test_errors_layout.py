@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig
 
 from malora_dist.config import Config
 from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError
 from malora_dist.families.llama import Llama
+from malora_dist.families.mistral import Mistral
 
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -107,3 +108,17 @@ def test_base(layers: int, fields: dict[str, object], expected: str) -> None:
     topology = SimpleNamespace(tp_size=1, pp_size=2)
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
         transformer_config(Llama(LlamaConfig(num_hidden_layers=layers)), topology, config(**fields))
+
+
+def test_sequences_longer_than_the_window_of_the_attention() -> None:
+    from malora_dist.models.transformer_config import transformer_config
+
+    topology = SimpleNamespace(tp_size=1, pp_size=1, device=SimpleNamespace(type="cpu"))
+    base = Mistral(MistralConfig(sliding_window=64))
+    transformer_config(base, topology, config(seq_length=64))
+    expected = (
+        "seq_length=65: must be at most the base's sliding_window=64: attention here is to all tokens before; "
+        "set it to 64 or less"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        transformer_config(base, topology, config(seq_length=65))

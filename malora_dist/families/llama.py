@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from malora_dist.families.base import Family, Row, register
@@ -19,8 +19,8 @@ class Llama(Family):
 
     name = "Llama"
     architecture = "LlamaForCausalLM"
-    config_class = LlamaConfig
-    rotary_class = LlamaRotaryEmbedding
+    config_class: ClassVar[type[PreTrainedConfig]] = LlamaConfig
+    rotary_class: ClassVar[Any] = LlamaRotaryEmbedding
     rope_types = ("default", "linear", "llama3")
     fixed_fields: ClassVar[Mapping[str, tuple[Any, str]]] = {
         "attention_bias": (False, "use a Llama without attention biases"),

@@ -118,7 +118,7 @@ def build_stages(
     One chunk, or one per virtual pipeline stage.
 
     Raises:
-        ConfigError: widths or layers that the layout cannot divide.
+        ConfigError: widths or layers that the layout cannot divide, or sequences longer than the attention's window.
     """
     model_config = transformer_config(family, settings.topology, config)
     num_chunks = config.virtual_pipeline_model_parallel_size

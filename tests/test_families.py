@@ -1,4 +1,4 @@
-"""Every family of Llama, its config.json as published, its widths tiny: exact round trips, and logits on any layout."""
+"""Models of every family, their config.json as published, their widths tiny: round trips, logits on any layout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from malora_dist.checkpoint.base import checkpoint_dir
 from malora_dist.checkpoint.convert import import_hf, roundtrip
@@ -55,12 +55,22 @@ LLAMA_3_2 = LLAMA_3_1 | {
     "head_dim": 16, "rope_scaling": ROPE_8 | {"factor": 32.0}, "tie_word_embeddings": True,
     "transformers_version": "4.45.0.dev0",
 }  # fmt: skip
+MISTRAL: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 128, "initializer_range": 0.02, "intermediate_size": 224,
+    "max_position_embeddings": 128, "model_type": "mistral", "num_attention_heads": 8, "num_hidden_layers": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True,
+    "vocab_size": 128,
+}  # fmt: skip
 
 
 def in_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json of transformers 4 as transformers 5 spells it."""
     kept = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"} | (config["rope_scaling"] or {})
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"} | (
+        config.get("rope_scaling") or {}
+    )
     if "type" in rope:
         rope["rope_type"] = rope.pop("type")
     return kept | {"dtype": config["torch_dtype"], "rope_parameters": rope, "transformers_version": "5.23.0"}
@@ -80,6 +90,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "Llama-3.2-1B, saved by transformers 5": in_transformers_5(LLAMA_3_2),
     "Llama-3.1-Minitron-4B-Width": LLAMA_3_1 | {"head_dim": 16, "hidden_size": 96},
+    "Mistral-7B-v0.3": MISTRAL,
+    "Mistral-7B-v0.1": MISTRAL | {
+        "rope_theta": 10000.0, "sliding_window": SEQUENCE, "transformers_version": "4.34.0.dev0",
+    },
 }  # fmt: skip
 SCALED = [name for name, config in FAMILIES.items() if config.get("rope_scaling", config.get("rope_parameters"))]
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -96,9 +110,12 @@ TOLERANCE = 1e-4
 def write_family(directory: Path, config: dict[str, Any]) -> Path:
     """A random model in the published dtype and files with weights large enough to attend sharply."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config | {"initializer_range": 0.15}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"initializer_range": 0.15}))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases start at ones and zeros
+            parameter.data += 0.2 * torch.randn_like(parameter)
     model.to(getattr(torch, config.get("torch_dtype", config.get("dtype")))).save_pretrained(directory)
-    if config["transformers_version"] < "4.35":  # as published then
+    if config["model_type"] == "llama" and config["transformers_version"] < "4.35":  # as published then
         weights = load_file(directory / "model.safetensors")
         for layer in range(config["num_hidden_layers"]):
             weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -118,7 +135,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def transformers_logits(hf: Path, **fields: Any) -> Tensor:
     """float32, whatever the published dtype."""
-    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32, **fields)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, **fields)
     with torch.no_grad():
         return model.eval()(token_ids(model.config.vocab_size)).logits
 
@@ -180,6 +197,15 @@ def test_a_wrong_rope_would_show(family: str, families: dict[str, Path]) -> None
     assert ratios.max() == factor
     wrong = transformers_logits(hf, rope_parameters=plain)
     assert (wrong - transformers_logits(hf)).abs().max() > 1000 * TOLERANCE
+
+
+def test_a_window_of_the_whole_sequence_is_none(families: dict[str, Path]) -> None:
+    """One token less would show, at the last token."""
+    hf = families["Mistral-7B-v0.1"] / "hf"
+    windows = (None, SEQUENCE, SEQUENCE - 1)
+    none, whole, shorter = (transformers_logits(hf, sliding_window=window) for window in windows)
+    torch.testing.assert_close(whole, none, rtol=0, atol=TOLERANCE)
+    assert (shorter - none)[:, -1].abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", [name for name, config in FAMILIES.items() if "torch_dtype" in config])
