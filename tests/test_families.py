@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from malora_dist.checkpoint.base import checkpoint_dir
-from malora_dist.checkpoint.convert import import_hf, roundtrip
+from malora_dist.checkpoint.convert import fingerprint_hf, import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import HfWeights
 from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.families.base import family_of
@@ -63,6 +64,14 @@ MISTRAL: dict[str, Any] = {
     "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True,
     "vocab_size": 128,
 }  # fmt: skip
+QWEN_2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 120, "eos_token_id": 120,
+    "hidden_act": "silu", "hidden_size": 112, "initializer_range": 0.02, "intermediate_size": 224,
+    "max_position_embeddings": 128, "max_window_layers": 4, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 128,
+}  # fmt: skip
 
 
 def in_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
@@ -93,6 +102,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral-7B-v0.3": MISTRAL,
     "Mistral-7B-v0.1": MISTRAL | {
         "rope_theta": 10000.0, "sliding_window": SEQUENCE, "transformers_version": "4.34.0.dev0",
+    },
+    "Qwen2.5-0.5B": QWEN_2,
+    "Qwen2.5-7B-Instruct": QWEN_2 | {
+        "hidden_size": 128, "num_attention_heads": 8, "tie_word_embeddings": False, "eos_token_id": 121,
     },
 }  # fmt: skip
 SCALED = [name for name, config in FAMILIES.items() if config.get("rope_scaling", config.get("rope_parameters"))]
@@ -164,7 +177,9 @@ def megatron_logits(families: dict[str, Path], workers: WorkerPool) -> Callable[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roundtrip_is_exact(family: str, families: dict[str, Path], tmp_path: Path) -> None:
     hf = families[family] / "hf"
-    assert roundtrip(hf, hf_path=tmp_path / "back") == 9 * 4 + (2 if FAMILIES[family]["tie_word_embeddings"] else 3)
+    per_layer = {"qwen2": 12}.get(FAMILIES[family]["model_type"], 9)
+    ends = 2 if FAMILIES[family]["tie_word_embeddings"] else 3
+    assert roundtrip(hf, hf_path=tmp_path / "back") == 4 * per_layer + ends
     assert (tmp_path / "back" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
 
 
@@ -197,6 +212,17 @@ def test_a_wrong_rope_would_show(family: str, families: dict[str, Path]) -> None
     assert ratios.max() == factor
     wrong = transformers_logits(hf, rope_parameters=plain)
     assert (wrong - transformers_logits(hf)).abs().max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "part"), [("Qwen2.5-0.5B", "k_proj.bias")])
+def test_small_parts_count(family: str, part: str, families: dict[str, Path], tmp_path: Path) -> None:
+    """The fingerprint tells them, and so do the logits above."""
+    hf = Path(shutil.copytree(families[family] / "hf", tmp_path / "hf"))
+    weights = load_file(hf / "model.safetensors")
+    weights[f"model.layers.3.self_attn.{part}"].mul_(2)
+    save_file(weights, hf / "model.safetensors", {"format": "pt"})
+    assert fingerprint_hf(hf) != fingerprint_hf(families[family] / "hf")
+    assert (transformers_logits(hf) - transformers_logits(families[family] / "hf")).abs().max() > 100 * TOLERANCE
 
 
 def test_a_window_of_the_whole_sequence_is_none(families: dict[str, Path]) -> None:

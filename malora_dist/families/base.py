@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -35,7 +35,8 @@ class DecoderConfig(Protocol):
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_parameters: Any
-    sliding_window: int | None  # only where a family has one
+    sliding_window: int | None  # this and the next only where a family has them
+    layer_types: Sequence[str]
 
 
 class Row(NamedTuple):
@@ -179,6 +180,8 @@ def projection_widths(hf: DecoderConfig) -> dict[str, tuple[int, int]]:
 def _parse(file: Path, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> DecoderConfig:
     with foreign_reader(file, "correct the field", "transformers refuses it"):
         hf = cast(DecoderConfig, config_class.from_dict(dict(raw)))
+        if not hasattr(hf, "head_dim"):  # configs without that field mean this
+            hf.head_dim = hf.hidden_size // hf.num_attention_heads
     _check_sizes(file, hf)
     if hf.num_key_value_heads < 1 or hf.num_attention_heads % hf.num_key_value_heads:
         raise CheckpointError(

@@ -33,12 +33,12 @@ class Llama(Family):
 
     embedding_key = "model.embed_tokens.weight"
     output_key = "lm_head.weight"
-    model_rows = (
+    model_rows: ClassVar[tuple[Row, ...]] = (
         Row("embedding.word_embeddings.weight", {embedding_key: "vh"}),
         Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
         Row("output_layer.weight", {output_key: "vh"}),
     )
-    layer_rows = (
+    layer_rows: ClassVar[tuple[Row, ...]] = (
         Row("input_layernorm.weight", {"input_layernorm.weight": "h"}),
         Row(
             "self_attention.linear_qkv.weight",
