@@ -72,6 +72,15 @@ QWEN_2: dict[str, Any] = {
     "sliding_window": 32, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
     "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 128,
 }  # fmt: skip
+QWEN_3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 120,
+    "eos_token_id": 121, "head_dim": 16, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02,
+    "intermediate_size": 192, "max_position_embeddings": 128, "max_window_layers": 4, "model_type": "qwen3",
+    "num_attention_heads": 8, "num_hidden_layers": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 128,
+}  # fmt: skip
 
 
 def in_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
@@ -107,6 +116,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2.5-7B-Instruct": QWEN_2 | {
         "hidden_size": 128, "num_attention_heads": 8, "tie_word_embeddings": False, "eos_token_id": 121,
     },
+    "Qwen3-0.6B": QWEN_3,
+    "Qwen3-8B": QWEN_3 | {"hidden_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": False},
 }  # fmt: skip
 SCALED = [name for name, config in FAMILIES.items() if config.get("rope_scaling", config.get("rope_parameters"))]
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -177,7 +188,7 @@ def megatron_logits(families: dict[str, Path], workers: WorkerPool) -> Callable[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roundtrip_is_exact(family: str, families: dict[str, Path], tmp_path: Path) -> None:
     hf = families[family] / "hf"
-    per_layer = {"qwen2": 12}.get(FAMILIES[family]["model_type"], 9)
+    per_layer = {"qwen2": 12, "qwen3": 11}.get(FAMILIES[family]["model_type"], 9)
     ends = 2 if FAMILIES[family]["tie_word_embeddings"] else 3
     assert roundtrip(hf, hf_path=tmp_path / "back") == 4 * per_layer + ends
     assert (tmp_path / "back" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
@@ -214,7 +225,7 @@ def test_a_wrong_rope_would_show(family: str, families: dict[str, Path]) -> None
     assert (wrong - transformers_logits(hf)).abs().max() > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "part"), [("Qwen2.5-0.5B", "k_proj.bias")])
+@pytest.mark.parametrize(("family", "part"), [("Qwen2.5-0.5B", "k_proj.bias"), ("Qwen3-0.6B", "q_norm.weight")])
 def test_small_parts_count(family: str, part: str, families: dict[str, Path], tmp_path: Path) -> None:
     """The fingerprint tells them, and so do the logits above."""
     hf = Path(shutil.copytree(families[family] / "hf", tmp_path / "hf"))

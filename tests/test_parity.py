@@ -392,7 +392,9 @@ def test_tied_embeddings_and_a_padded_vocabulary_over_tensor_and_pipeline_ranks(
     compare(workers.run("train_and_record", 4, overrides=settings, steps=2), expected)
 
 
-@pytest.mark.parametrize(("family", "method"), [("mistral", "malora"), ("qwen2", "malora"), ("qwen2", "dora")])
+@pytest.mark.parametrize(
+    ("family", "method"), [("mistral", "malora"), ("qwen2", "malora"), ("qwen2", "dora"), ("qwen3", "malora")]
+)
 def test_families(family: str, method: str, workers: WorkerPool, task_files: list[Path], tmp_path: Path) -> None:
     """What a family has of its own, with the weights that start at ones and zeros made random."""
     # transformers reads any tokenizer of a qwen2 as Qwen2Tokenizer, which has a 51st token.

@@ -45,7 +45,7 @@ class Row(NamedTuple):
     Attributes:
         megatron: its name in the model, or in a layer.
         hf: {name in the model, or in a layer: widths of its axes}, in fused order. Widths: h hidden,
-            q all query heads, k all key (or value) heads, f MLP, v vocabulary.
+            d one head, q all query heads, k all key (or value) heads, f MLP, v vocabulary.
         by_query_group: the rows are interleaved by query group, [q heads of the group | k | v], instead
             of one tensor after the other.
     """
