@@ -2,7 +2,7 @@
 # From nothing to a fine-tuned, exported and evaluated MALoRA adapter, on two processes of this machine:
 #
 #   bash launch/quickstart.sh                                    six small tasks on a small Llama made here
-#   bash launch/quickstart.sh --hf-model DIR --data FILE...      your Hugging Face Llama, one .json/.jsonl file per task
+#   bash launch/quickstart.sh --hf-model DIR --data FILE...      your Hugging Face model, one .json/.jsonl file per task
 #
 # Config keys may follow after --, for example: -- train_iters=50 lr=1e-3
 set -euo pipefail

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.workers import WorkerPool
 
@@ -62,15 +62,16 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_llama(directory: Path, seed: int = 0, **overrides: object) -> Path:
-    """A tiny random Llama in Hugging Face format with the character tokenizer."""
+    """A tiny random Llama, or what ``model_type`` says, in Hugging Face format with the character tokenizer."""
     settings: dict[str, object] = {
+        "model_type": "llama",
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 128,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False,
         "initializer_range": 0.2,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**settings, **overrides}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**settings, **overrides}))
     model.save_pretrained(directory)
     character_tokenizer().save_pretrained(directory)
     return directory

@@ -1,4 +1,4 @@
-"""Jobs of tests/test_llama_families.py and tests/test_conversion_adapter.py: what megatron models load and save."""
+"""Jobs of tests/test_families.py and tests/test_conversion_adapter.py: what megatron models load and save."""
 
 from __future__ import annotations
 
@@ -37,7 +37,12 @@ def logits_of_bases(parallel: dict[str, int], bases: dict[str, Path], resave: bo
     is_tensor_parallel = parallel.get("tensor_model_parallel_size", 1) > 1
     # The adapters start at zero and are not what is tested: the least that a model can have.
     config = Config(
-        **parallel, sequence_parallel=is_tensor_parallel, device="cpu", method="lora", target_modules=["down_proj"]
+        **parallel,
+        sequence_parallel=is_tensor_parallel,
+        seq_length=SEQUENCE,
+        device="cpu",
+        method="lora",
+        target_modules=["down_proj"],
     )
     topology = layout.initialize(config)
     try:

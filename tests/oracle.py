@@ -1,4 +1,4 @@
-"""One-process reference of a training run: transformers' Llama, malora_dist.methods on plain tensors, torch's AdamW.
+"""One-process reference of a training run: transformers' model, malora_dist.methods on plain tensors, torch's AdamW.
 
 Nothing of megatron, the exchanges or the trainer is in it.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from malora_dist.config import Config
 from malora_dist.data.batches import Microbatch
@@ -47,7 +47,7 @@ class Record:
 
 
 class OracleRun:
-    """A Llama with adapters on ``spec.projections``; parameter keys are ``layers.<i>.<adapter>.<parameter>``.
+    """A model with adapters on ``spec.projections``; parameter keys are ``layers.<i>.<adapter>.<parameter>``.
 
     Args:
         dropout_masks: what dropout multiplied the input of an adapter with, [b, s, n] by (step,
@@ -60,7 +60,7 @@ class OracleRun:
         self.dropout_masks = dropout_masks or {}
         self.place = (0, 0)
         self.spec = spec
-        self.model = LlamaForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32)
         self.model.requires_grad_(False)
         self.params: dict[str, Tensor] = {}
         self.aux: list[Tensor] = []
@@ -120,7 +120,8 @@ class OracleRun:
                     self._count(site, probs)
                 if top.shape[-1] > self.spec.topk:
                     self.margin = min(self.margin, float((top[:, -2] - top[:, -1]).min().detach()))
-            return y.view_as(output)
+            y = y.view_as(output)
+            return y if linear.bias is None else y + linear.bias
 
         return hook
 

@@ -105,7 +105,7 @@ def test_the_rank_rule(run: Run) -> None:
     ("arguments", "expected"),
     [
         (["--shape", "llama9"], "--shape='llama9': must be one of llama2-7b, llama3-8b; use --hf-model for another"),
-        (["--hf-model", "nowhere"], "nowhere: has no config.json; name the directory of a Hugging Face Llama"),
+        (["--hf-model", "nowhere"], "nowhere: has no config.json; name the directory of a Hugging Face model"),
         (["lora_rnk=4"], "lora_rnk=4: is not a config key; did you mean lora_rank?"),
         (["--match", "method=lra"], "method='lra': must be one of asymmetric_lora, "),
         (["--match", "shared_dim=5000"], "shared_dim=5000: must not exceed the input width 4096 of q_proj"),

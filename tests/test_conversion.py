@@ -33,6 +33,11 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
+QWEN_2 = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN_3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+
 def make_llama(directory: Path, dtype: torch.dtype = torch.float32, shard: str = "1GB", **fields: object) -> Path:
     """A tiny random Llama, untied with grouped queries unless `fields` say otherwise."""
     torch.manual_seed(0)
@@ -224,7 +229,22 @@ def test_tensors_that_do_not_fit(tmp_path: Path, llama: Path, change: Callable, 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral', must be 'llama'"),
+        (
+            {"model_type": "gpt2"},
+            "model_type='gpt2', must be one of llama, mistral, qwen2, qwen3; use a model of one of these",
+        ),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window=0, must be null or at least 1; correct it"),
+        (MISTRAL | {"hidden_act": "gelu"}, "must be 'silu'; use a Mistral with the SwiGLU of the original"),
+        (
+            QWEN_2 | {"use_sliding_window": True, "layer_types": ["chunked_attention"]},
+            "must be a list of full_attention",
+        ),
+        (QWEN_2 | {"layer_types": "full_attention"}, "has layer_types='full_attention', must be a list"),
+        (QWEN_2 | {"hidden_act": "gelu"}, "must be 'silu'; use a Qwen2 with the SwiGLU of the original"),
+        (QWEN_2 | {"num_attention_heads": 0}, "num_attention_heads=0, must be a whole number"),
+        (QWEN_3 | {"attention_bias": True}, "attention_bias=True, must be False; use a Qwen3 without attention biases"),
+        ({"model_type": "qwen3_moe"}, "model_type='qwen3_moe', must be one of"),
+        (MISTRAL | {"architectures": ["MixtralForCausalLM"]}, "must be ['MistralForCausalLM']; only Mistral models"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures=['LlamaForSequenceClassification']"),
         ({"attention_bias": True}, "attention_bias=True, must be False"),
         ({"mlp_bias": True}, "mlp_bias=True, must be False"),
@@ -367,5 +387,6 @@ def test_tool_reports_errors_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         run_tool(convert_tool, monkeypatch, "import", "--hf-model", tmp_path, "--megatron-path", tmp_path / "base")
     assert capsys.readouterr().err == (
-        f"error: {tmp_path}: has no config.json; name the directory of a Hugging Face Llama\n"
+        f"error: {tmp_path}: has no config.json; "
+        "name the directory of a Hugging Face model: Llama, Mistral, Qwen2, Qwen3\n"
     )

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from malora_dist.config import Config
 from malora_dist.config_sections import TaskConfig
 from malora_dist.errors import ConfigError
 from malora_dist.families.llama import Llama
+from malora_dist.families.mistral import Mistral
+from malora_dist.families.qwen2 import Qwen2
 
 PP2 = {"pipeline_model_parallel_size": 2}
 
@@ -107,3 +109,27 @@ def test_base(layers: int, fields: dict[str, object], expected: str) -> None:
     topology = SimpleNamespace(tp_size=1, pp_size=2)
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
         transformer_config(Llama(LlamaConfig(num_hidden_layers=layers)), topology, config(**fields))
+
+
+@pytest.mark.parametrize(
+    ("window_layers", "fields", "expected"),
+    [(0, {}, None), (1, {"use_sliding_window": True}, 64), (2, {"use_sliding_window": True}, None)],
+)
+def test_the_window_of_a_qwen2(window_layers: int, fields: dict[str, Any], expected: int | None) -> None:
+    """It holds with `use_sliding_window`, from layer max_window_layers on."""
+    hf = Qwen2Config(num_hidden_layers=2, max_window_layers=window_layers, sliding_window=64, **fields)
+    assert Qwen2(hf).attention_window == expected
+
+
+def test_sequences_longer_than_the_window_of_the_attention() -> None:
+    from malora_dist.models.transformer_config import transformer_config
+
+    topology = SimpleNamespace(tp_size=1, pp_size=1, device=SimpleNamespace(type="cpu"))
+    base = Mistral(MistralConfig(sliding_window=64))
+    transformer_config(base, topology, config(seq_length=64))
+    expected = (
+        "seq_length=65: must be at most the base's sliding_window=64: attention here is to all tokens before; "
+        "set it to 64 or less"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        transformer_config(base, topology, config(seq_length=65))

@@ -116,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_mutually_exclusive_group()
-    model.add_argument("--hf-model", type=path_argument, metavar="DIR", help="a Hugging Face Llama, or its config.json")
+    model.add_argument("--hf-model", type=path_argument, metavar="DIR", help="a Hugging Face model, or its config.json")
     model.add_argument("--shape", default="llama2-7b", help=f"instead: {' or '.join(SHAPES)} (default: %(default)s)")
     parser.add_argument("--config", nargs="+", default=[], metavar="FILE", help="config files, one row each")
     parser.add_argument("--match", action="store_true", help="all methods as large as the one of the config")

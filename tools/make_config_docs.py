@@ -22,7 +22,7 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 
 #: {section: (heading, what its keys are about)}.
 HEADINGS: dict[type, tuple[str, str]] = {
-    sections.ModelConfig: ("Base model", "The frozen Llama."),
+    sections.ModelConfig: ("Base model", "The frozen model."),
     AdapterSpec: (
         "Adapter",
         "What is trained; [methods.md](methods.md) explains it. Keys marked (methods with a router) or (malora) are "

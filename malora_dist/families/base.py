@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -24,6 +24,7 @@ from malora_dist.registry import Registry
 class DecoderConfig(Protocol):
     """What the Hugging Face configs of all families have, under transformers' names and filled in by it."""
 
+    model_type: str
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -35,6 +36,8 @@ class DecoderConfig(Protocol):
     rms_norm_eps: float
     tie_word_embeddings: bool
     rope_parameters: Any
+    sliding_window: int | None  # this and the next only where a family has them
+    layer_types: Sequence[str]
 
 
 class Row(NamedTuple):
@@ -43,7 +46,7 @@ class Row(NamedTuple):
     Attributes:
         megatron: its name in the model, or in a layer.
         hf: {name in the model, or in a layer: widths of its axes}, in fused order. Widths: h hidden,
-            q all query heads, k all key (or value) heads, f MLP, v vocabulary.
+            d one head, q all query heads, k all key (or value) heads, f MLP, v vocabulary.
         by_query_group: the rows are interleaved by query group, [q heads of the group | k | v], instead
             of one tensor after the other.
     """
@@ -87,6 +90,11 @@ class Family(ABC):
     @abstractmethod
     def transformer_fields(self) -> dict[str, Any]:
         """The fields of megatron's TransformerConfig in which families differ."""
+
+    @property
+    def attention_window(self) -> int | None:
+        """How many tokens, itself included, a token may see in some layer; None: all before it."""
+        return None
 
     def rope_inv_freq(self) -> Tensor:
         """Rotary frequencies as transformers computes them, float32 [head_dim / 2].
@@ -141,21 +149,23 @@ def family_of(hf_dir: Path) -> Family:
             that the conversion or the model would have to drop.
     """
     file = Path(hf_dir) / "config.json"
-    names = [family.name for family in FAMILIES.values()]
+    names = ", ".join(family.name for family in FAMILIES.values())
     if not is_regular_file(file):
-        raise CheckpointError(
-            f"{hf_dir}: has no config.json; name the directory of a Hugging Face {' or '.join(names)}"
-        )
+        raise CheckpointError(f"{hf_dir}: has no config.json; name the directory of a Hugging Face model: {names}")
     raw = read_json_object(file, CheckpointError, "copy the file again")
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"{hf_dir}: config.json has model_type={shown(model_type)}, must be {' or '.join(map(repr, FAMILIES))}; "
-            f"only {' and '.join(names)} models can be converted"
+            f"{hf_dir}: config.json has model_type={shown(model_type)}, must be one of {', '.join(FAMILIES)}; "
+            f"use a model of one of these families: {names}"
         )
     family = FAMILIES[model_type]
     family.check(hf_dir, raw)
-    return family(_parse(file, raw, family.config_class))
+    model = family(_parse(file, raw, family.config_class))
+    window = model.attention_window
+    if window is not None and window < 1:
+        raise CheckpointError(f"{file}: sliding_window={window}, must be null or at least 1; correct it")
+    return model
 
 
 def projection_widths(hf: DecoderConfig) -> dict[str, tuple[int, int]]:
@@ -171,6 +181,8 @@ def projection_widths(hf: DecoderConfig) -> dict[str, tuple[int, int]]:
 def _parse(file: Path, raw: Mapping[str, Any], config_class: type[PreTrainedConfig]) -> DecoderConfig:
     with foreign_reader(file, "correct the field", "transformers refuses it"):
         hf = cast(DecoderConfig, config_class.from_dict(dict(raw)))
+        if not hasattr(hf, "head_dim"):  # configs without that field mean this
+            hf.head_dim = hf.hidden_size // hf.num_attention_heads
     _check_sizes(file, hf)
     if hf.num_key_value_heads < 1 or hf.num_attention_heads % hf.num_key_value_heads:
         raise CheckpointError(

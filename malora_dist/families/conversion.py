@@ -78,6 +78,7 @@ def conversion_map(family: Family) -> list[Chunk]:
     hf = family.hf
     widths = {
         "h": hf.hidden_size,
+        "d": hf.head_dim,
         "q": hf.num_attention_heads * hf.head_dim,
         "k": hf.num_key_value_heads * hf.head_dim,
         "f": hf.intermediate_size,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from malora_dist.families.base import Family, Row, register
@@ -19,8 +19,8 @@ class Llama(Family):
 
     name = "Llama"
     architecture = "LlamaForCausalLM"
-    config_class = LlamaConfig
-    rotary_class = LlamaRotaryEmbedding
+    config_class: ClassVar[type[PreTrainedConfig]] = LlamaConfig
+    rotary_class: ClassVar[Any] = LlamaRotaryEmbedding
     rope_types = ("default", "linear", "llama3")
     fixed_fields: ClassVar[Mapping[str, tuple[Any, str]]] = {
         "attention_bias": (False, "use a Llama without attention biases"),
@@ -33,12 +33,12 @@ class Llama(Family):
 
     embedding_key = "model.embed_tokens.weight"
     output_key = "lm_head.weight"
-    model_rows = (
+    model_rows: ClassVar[tuple[Row, ...]] = (
         Row("embedding.word_embeddings.weight", {embedding_key: "vh"}),
         Row("decoder.final_layernorm.weight", {"model.norm.weight": "h"}),
         Row("output_layer.weight", {output_key: "vh"}),
     )
-    layer_rows = (
+    layer_rows: ClassVar[tuple[Row, ...]] = (
         Row("input_layernorm.weight", {"input_layernorm.weight": "h"}),
         Row(
             "self_attention.linear_qkv.weight",

@@ -8,7 +8,8 @@ from typing import cast
 from transformers import LlamaConfig
 
 from malora_dist.errors import ConfigError
-from malora_dist.families.base import DecoderConfig, projection_widths
+from malora_dist.families.base import FAMILIES, DecoderConfig
+from malora_dist.families.conversion import conversion_map
 
 #: {name: widths and numbers of its parts}; embeddings and output layer are apart in all of them.
 SHAPES: dict[str, dict[str, int]] = {
@@ -39,8 +40,5 @@ def released_config(name: str) -> DecoderConfig:
 
 
 def base_parameters(hf: DecoderConfig) -> int:
-    """Parameters of the base model: embeddings, output layer, linears and norms."""
-    linears = sum(math.prod(widths) for widths in projection_widths(hf).values())
-    norms = 2 * hf.hidden_size
-    ends = hf.vocab_size * hf.hidden_size * (1 if hf.tie_word_embeddings else 2)
-    return ends + hf.num_hidden_layers * (linears + norms) + hf.hidden_size
+    """Parameters of the base model, tied embeddings counted once."""
+    return sum(math.prod(chunk.shape) for chunk in conversion_map(FAMILIES[hf.model_type](hf)))

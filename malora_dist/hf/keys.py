@@ -1,4 +1,4 @@
-"""Names of an adapter's tensors in a Hugging Face Llama, and the strict comparison PEFT lacks."""
+"""Names of an adapter's tensors in a Hugging Face model, and the strict comparison PEFT lacks."""
 
 from __future__ import annotations
 

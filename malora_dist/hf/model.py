@@ -50,7 +50,7 @@ class MaloraModel(BaseTuner):
                 "target_modules",
                 target_name,
                 f"matches {current_key}, which lies in no numbered layer",
-                "adapt a Llama-family model",
+                "adapt a decoder with numbered layers",
             )
         layer_number = int(match[1])
         if isinstance(target, MaloraLayer):

@@ -37,7 +37,10 @@ def _with_adapter_shards(linear: Any, base: dict[str, Any], prefix: str, offsets
 
 
 class AdaptedColumnParallelLinear(ColumnParallelLinear):
-    """megatron's ColumnParallelLinear plus one adapter per projection fused into it."""
+    """megatron's ColumnParallelLinear plus one adapter per projection fused into it.
+
+    A bias is added last: what a method makes of the output (DoRA's magnitude) does not apply to it.
+    """
 
     def __init__(
         self,
@@ -51,14 +54,15 @@ class AdaptedColumnParallelLinear(ColumnParallelLinear):
         blocks: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(input_size, output_size, **kwargs)
+        super().__init__(input_size, output_size, **kwargs | {"skip_bias_add": True})
         self.adapters = LinearAdapters(settings, linear, layer_number, widths, "column", blocks)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         add = self.adapters.begin(input_, self.weight)
         with self.adapters.region("base"):
             output, bias = super().forward(input_, *args, **kwargs)
-        return add(output), bias
+        output = add(output)
+        return output if bias is None else output + bias, None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict | None = None) -> dict:
         base = super().sharded_state_dict(prefix, sharded_offsets, metadata)

@@ -11,7 +11,7 @@ from malora_dist.errors import ConfigError
 from malora_dist.fields import check_fields, key
 from malora_dist.methods.base import METHODS, Method
 
-#: The seven linear projections of a Llama layer, by their Hugging Face names, and where
+#: The seven linear projections of a layer, by their Hugging Face names, and where
 #: megatron-core keeps them: {megatron name: the projections fused into it, in fused order}.
 MEGATRON_LINEARS: dict[str, tuple[str, ...]] = {
     "linear_qkv": ("q_proj", "k_proj", "v_proj"),

@@ -10,7 +10,7 @@ import torch
 from malora_dist.checkpoint.base import BaseInfo
 from malora_dist.config import Config
 from malora_dist.exchange.plan import ExchangePlan
-from malora_dist.families.base import DecoderConfig, projection_widths
+from malora_dist.families.base import FAMILIES, DecoderConfig, projection_widths
 from malora_dist.kernels.experts import choose_expert_compute
 from malora_dist.layers.decoder import CausalModel
 from malora_dist.methods.budget import adapter_parameters
@@ -99,8 +99,9 @@ def _entries(
     topology: Topology,
 ) -> Iterator[tuple[str, str]]:
     """(label, text) of each entry."""
-    dtype = "bfloat16" if config.bf16 else "float32"
-    yield "base", f"{base.hf_model_name_or_path}: {base.num_parameters / 1e6:,.1f} M parameters, frozen, {dtype}"
+    dtype, family = "bfloat16" if config.bf16 else "float32", FAMILIES[hf.model_type].name
+    size = f"{base.num_parameters / 1e6:,.1f} M parameters"
+    yield "base", f"{base.hf_model_name_or_path}: {family}, {size}, frozen, {dtype}"
 
     mixture = f", N={config.num_experts} experts, top-{config.topk}" if config.is_mixture else ""
     shared = f", d={config.shared_dim}" if config.declared.uses("shared") else ""

@@ -71,9 +71,19 @@ def _linear(name: str, hf: DecoderConfig, settings: AdapterSettings, layer_numbe
 
 
 def layer_spec(
-    hf: DecoderConfig, settings: AdapterSettings, layer_number: int, attention: type[MegatronModule] = SdpaAttention
+    hf: DecoderConfig,
+    settings: AdapterSettings,
+    layer_number: int,
+    attention: type[MegatronModule] = SdpaAttention,
+    has_head_norms: bool = False,
 ) -> ModuleSpec:
-    """ModuleSpec of one layer with its adapters; ``layer_number`` is 0-based in the whole model."""
+    """ModuleSpec of one layer with its adapters.
+
+    Args:
+        layer_number: 0-based in the whole model.
+        has_head_norms: each head of queries and keys is normed.
+    """
+    head_norm = RMSNorm if has_head_norms else IdentityOp
     return ModuleSpec(
         module=DecoderLayer,
         params={"context": settings.context},
@@ -86,8 +96,8 @@ def layer_spec(
                     linear_qkv=_linear("linear_qkv", hf, settings, layer_number),
                     core_attention=attention,
                     linear_proj=_linear("linear_proj", hf, settings, layer_number),
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -118,7 +128,7 @@ def build_stages(
     One chunk, or one per virtual pipeline stage.
 
     Raises:
-        ConfigError: widths or layers that the layout cannot divide.
+        ConfigError: widths or layers that the layout cannot divide, or sequences longer than the attention's window.
     """
     model_config = transformer_config(family, settings.topology, config)
     num_chunks = config.virtual_pipeline_model_parallel_size
@@ -138,7 +148,7 @@ def _build_chunk(
     last_chunk = (config.virtual_pipeline_model_parallel_size or 1) - 1
     first = get_transformer_layer_offset(config, vp_stage, topology.pp_rank)
     count = get_num_layers_to_build(config, vp_stage, topology.pp_rank)
-    specs = [layer_spec(hf, settings, first + i, attention) for i in range(count)]
+    specs = [layer_spec(hf, settings, first + i, attention, config.qk_layernorm) for i in range(count)]
     model = CausalModel(
         config,
         TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm),

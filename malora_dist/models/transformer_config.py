@@ -17,9 +17,10 @@ def transformer_config(family: Family, topology: Topology, config: Config) -> Tr
     expert_model_parallel_size stays out of it: the base is dense, experts live in the adapters.
 
     Raises:
-        ConfigError: widths or layers that the layout cannot divide.
+        ConfigError: widths or layers that the layout cannot divide, or sequences longer than the attention's window.
     """
     hf = family.hf
+    _check_window(family, config)
     _check_widths(hf, config)
     _check_recompute_unit(_layers_of_stages(hf, config), config)
     is_full = config.recompute_granularity == "full"
@@ -65,6 +66,17 @@ def transformer_config(family: Family, topology: Topology, config: Config) -> Tr
         cuda_graph_scope=[],
         moe_token_dispatcher_type="alltoall",  # unused, but the default forbids variable_seq_lengths
     )
+
+
+def _check_window(family: Family, config: Config) -> None:
+    window = family.attention_window
+    if window is not None and config.seq_length > window:
+        raise ConfigError(
+            "seq_length",
+            config.seq_length,
+            f"must be at most the base's sliding_window={window}: attention here is to all tokens before",
+            f"set it to {window} or less",
+        )
 
 
 def _check_widths(hf: DecoderConfig, config: Config) -> None:

@@ -135,7 +135,7 @@ def make_domain(scale: Scale, name: str, out: Path, hf_model: Path | None, data:
     if scale.name == "tiny":
         return _tiny(scale, name, out).with_digest()
     if hf_model is None:
-        raise ConfigError("--hf-model", "", f"is needed at --scale {scale.name}", "name a Hugging Face Llama")
+        raise ConfigError("--hf-model", "", f"is needed at --scale {scale.name}", "name a Hugging Face model")
     base = out / f"base_{hf_model.name}"
     if not (base / "malora_base.json").is_file():
         import_hf(hf_model, base)

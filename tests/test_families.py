@@ -1,9 +1,10 @@
-"""Every family of Llama, its config.json as published, its widths tiny: exact round trips, and logits on any layout."""
+"""Models of every family, their config.json as published, their widths tiny: round trips, logits on any layout."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from malora_dist.checkpoint.base import checkpoint_dir
-from malora_dist.checkpoint.convert import import_hf, roundtrip
+from malora_dist.checkpoint.convert import fingerprint_hf, import_hf, roundtrip
 from malora_dist.checkpoint.tensor_files import HfWeights
 from malora_dist.checkpoint.torch_dist import TorchDistReader
 from malora_dist.families.base import family_of
@@ -55,12 +56,39 @@ LLAMA_3_2 = LLAMA_3_1 | {
     "head_dim": 16, "rope_scaling": ROPE_8 | {"factor": 32.0}, "tie_word_embeddings": True,
     "transformers_version": "4.45.0.dev0",
 }  # fmt: skip
+MISTRAL: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 128, "initializer_range": 0.02, "intermediate_size": 224,
+    "max_position_embeddings": 128, "model_type": "mistral", "num_attention_heads": 8, "num_hidden_layers": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "sliding_window": None,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True,
+    "vocab_size": 128,
+}  # fmt: skip
+QWEN_2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 120, "eos_token_id": 120,
+    "hidden_act": "silu", "hidden_size": 112, "initializer_range": 0.02, "intermediate_size": 224,
+    "max_position_embeddings": 128, "max_window_layers": 4, "model_type": "qwen2", "num_attention_heads": 14,
+    "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 32, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
+    "use_cache": True, "use_mrope": False, "use_sliding_window": False, "vocab_size": 128,
+}  # fmt: skip
+QWEN_3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 120,
+    "eos_token_id": 121, "head_dim": 16, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02,
+    "intermediate_size": 192, "max_position_embeddings": 128, "max_window_layers": 4, "model_type": "qwen3",
+    "num_attention_heads": 8, "num_hidden_layers": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 128,
+}  # fmt: skip
 
 
 def in_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json of transformers 4 as transformers 5 spells it."""
     kept = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling", "torch_dtype")}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"} | (config["rope_scaling"] or {})
+    rope = {"rope_theta": config.get("rope_theta", 10000.0), "rope_type": "default"} | (
+        config.get("rope_scaling") or {}
+    )
     if "type" in rope:
         rope["rope_type"] = rope.pop("type")
     return kept | {"dtype": config["torch_dtype"], "rope_parameters": rope, "transformers_version": "5.23.0"}
@@ -80,6 +108,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "Llama-3.2-1B, saved by transformers 5": in_transformers_5(LLAMA_3_2),
     "Llama-3.1-Minitron-4B-Width": LLAMA_3_1 | {"head_dim": 16, "hidden_size": 96},
+    "Mistral-7B-v0.3": MISTRAL,
+    "Mistral-7B-v0.1": MISTRAL | {
+        "rope_theta": 10000.0, "sliding_window": SEQUENCE, "transformers_version": "4.34.0.dev0",
+    },
+    "Qwen2.5-0.5B": QWEN_2,
+    "Qwen2.5-7B-Instruct": QWEN_2 | {
+        "hidden_size": 128, "num_attention_heads": 8, "tie_word_embeddings": False, "eos_token_id": 121,
+    },
+    "Qwen3-0.6B": QWEN_3,
+    "Qwen3-8B": QWEN_3 | {"hidden_size": 128, "num_key_value_heads": 2, "tie_word_embeddings": False},
 }  # fmt: skip
 SCALED = [name for name, config in FAMILIES.items() if config.get("rope_scaling", config.get("rope_parameters"))]
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -96,9 +134,12 @@ TOLERANCE = 1e-4
 def write_family(directory: Path, config: dict[str, Any]) -> Path:
     """A random model in the published dtype and files with weights large enough to attend sharply."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**config | {"initializer_range": 0.15}))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"initializer_range": 0.15}))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases start at ones and zeros
+            parameter.data += 0.2 * torch.randn_like(parameter)
     model.to(getattr(torch, config.get("torch_dtype", config.get("dtype")))).save_pretrained(directory)
-    if config["transformers_version"] < "4.35":  # as published then
+    if config["model_type"] == "llama" and config["transformers_version"] < "4.35":  # as published then
         weights = load_file(directory / "model.safetensors")
         for layer in range(config["num_hidden_layers"]):
             weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -118,7 +159,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def transformers_logits(hf: Path, **fields: Any) -> Tensor:
     """float32, whatever the published dtype."""
-    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32, **fields)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, **fields)
     with torch.no_grad():
         return model.eval()(token_ids(model.config.vocab_size)).logits
 
@@ -147,7 +188,9 @@ def megatron_logits(families: dict[str, Path], workers: WorkerPool) -> Callable[
 @pytest.mark.parametrize("family", FAMILIES)
 def test_roundtrip_is_exact(family: str, families: dict[str, Path], tmp_path: Path) -> None:
     hf = families[family] / "hf"
-    assert roundtrip(hf, hf_path=tmp_path / "back") == 9 * 4 + (2 if FAMILIES[family]["tie_word_embeddings"] else 3)
+    per_layer = {"qwen2": 12, "qwen3": 11}.get(FAMILIES[family]["model_type"], 9)
+    ends = 2 if FAMILIES[family]["tie_word_embeddings"] else 3
+    assert roundtrip(hf, hf_path=tmp_path / "back") == 4 * per_layer + ends
     assert (tmp_path / "back" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
 
 
@@ -180,6 +223,26 @@ def test_a_wrong_rope_would_show(family: str, families: dict[str, Path]) -> None
     assert ratios.max() == factor
     wrong = transformers_logits(hf, rope_parameters=plain)
     assert (wrong - transformers_logits(hf)).abs().max() > 1000 * TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "part"), [("Qwen2.5-0.5B", "k_proj.bias"), ("Qwen3-0.6B", "q_norm.weight")])
+def test_small_parts_count(family: str, part: str, families: dict[str, Path], tmp_path: Path) -> None:
+    """The fingerprint tells them, and so do the logits above."""
+    hf = Path(shutil.copytree(families[family] / "hf", tmp_path / "hf"))
+    weights = load_file(hf / "model.safetensors")
+    weights[f"model.layers.3.self_attn.{part}"].mul_(2)
+    save_file(weights, hf / "model.safetensors", {"format": "pt"})
+    assert fingerprint_hf(hf) != fingerprint_hf(families[family] / "hf")
+    assert (transformers_logits(hf) - transformers_logits(families[family] / "hf")).abs().max() > 100 * TOLERANCE
+
+
+def test_a_window_of_the_whole_sequence_is_none(families: dict[str, Path]) -> None:
+    """One token less would show, at the last token."""
+    hf = families["Mistral-7B-v0.1"] / "hf"
+    windows = (None, SEQUENCE, SEQUENCE - 1)
+    none, whole, shorter = (transformers_logits(hf, sliding_window=window) for window in windows)
+    torch.testing.assert_close(whole, none, rtol=0, atol=TOLERANCE)
+    assert (shorter - none)[:, -1].abs().max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("family", [name for name, config in FAMILIES.items() if "torch_dtype" in config])
