@@ -87,7 +87,7 @@ def before_layout(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
             "pretrained_checkpoint='': is required; make one with `python tools/...",
         ),
         (1, ["pretrained_checkpoint=' '"], "pretrained_checkpoint=' ': is required; make one with `python tools/..."),
-        (1, ["data[1].path=' '"], "data[1].path=' ': is required; name a .json/.jsonl file or a hub data set"),
+        (1, ["data[1].path=' '"], "data[1].path=' ': is required; name a data file or a hub data set"),
         (1, ["data[1].weight=.inf"], "data[1].weight=inf: must be a finite number; remove the task to leave it out"),
         (1, ["data[1].weight=.nan"], "data[1].weight=nan: must be a finite number; remove the task to leave it out"),
         (1, ["data[1].weight=0"], "data[1].weight=0.0: must be above 0; remove the task to leave it out"),
