@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 EXIT_CODE = 2
 #: Longest value in a message.
@@ -21,6 +21,12 @@ def first_line(error: BaseException) -> str:
     """What an exception says, on one line that is not too long; its type if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0][:_LONGEST] if text else type(error).__name__
+
+
+def first_few(names: Sequence[str], most: int) -> str:
+    """So many names in one line, and how many more there are: ``a, b and 3 more``."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def shown(value: object) -> str:

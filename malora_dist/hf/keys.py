@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from malora_dist.errors import CheckpointError
+from malora_dist.errors import CheckpointError, first_few
 from malora_dist.methods.spec import AdapterSpec
 
 #: (0-based layer number, Hugging Face projection name, parameter name)
@@ -91,5 +91,4 @@ def _listing(kind: str, items: Iterable[str]) -> str:
     names = sorted(items)
     if not names:
         return ""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)} {kind}: {', '.join(names[:_SHOWN])}{more}"
+    return f"{len(names)} {kind}: {first_few(names, _SHOWN)}"

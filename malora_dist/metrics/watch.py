@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from malora_dist.config import Config
+from malora_dist.errors import first_few
 from malora_dist.methods.routing import STARVED_LOAD, effective_share
 from malora_dist.metrics.loggers.base import Metrics
 from malora_dist.metrics.routing import RoutingReport
@@ -38,6 +39,8 @@ STRAGGLER = 1.3
 RISING_EVALUATIONS = 2
 RISEN = 0.05
 RISEN_AT_LEAST = 0.02
+#: So many experts or tasks are named in a warning.
+_SHOWN = 2
 
 #: Tags of others that are watched.
 SHARE_TAG = "time share/"
@@ -111,7 +114,7 @@ class Watch:
             if self._dominant.setdefault(site, _Lasting(ROUTING_REPORTS)).see(share > MOST_TOKENS):
                 found.append(f"expert {int(load_N.argmax())} of {site} takes {share:.0%} of the tokens")
         if found and tell:
-            yield f"{_first(found)}; raise aux_loss_coeff={self._config.aux_loss_coeff:g}"
+            yield f"{first_few(found, _SHOWN)}; raise aux_loss_coeff={self._config.aux_loss_coeff:g}"
 
     def _starving(self, loads: Mapping[str, Tensor]) -> Iterator[str]:
         starved = []
@@ -125,7 +128,7 @@ class Watch:
             experts = len(loads) * self._config.num_experts
             yield (
                 f"{len(starved)} of {experts} experts have had less than {STARVED_LOAD:.0%} of an even load in "
-                f"{STARVED_REPORTS} reports in a row and hardly train ({_first(starved)}); raise "
+                f"{STARVED_REPORTS} reports in a row and hardly train ({first_few(starved, _SHOWN)}); raise "
                 f"aux_loss_coeff={self._config.aux_loss_coeff:g}, or lower num_lora_experts={self._config.num_experts}"
             )
 
@@ -194,7 +197,7 @@ class _Seesaw:
             )
         if at_best:
             return (
-                f"{what} while {_first(at_best)} gained, a seesaw: tasks compete; raise its weight, lower "
+                f"{what} while {first_few(at_best, _SHOWN)} gained, a seesaw: tasks compete; raise its weight, lower "
                 f"lr={self._config.lr:g}, or give them room (num_lora_experts, lora_rank)"
             )
         return f"{what}, and no task gained: training diverges; lower lr={self._config.lr:g}"
@@ -202,8 +205,3 @@ class _Seesaw:
 
 def _of_tasks(scalars: Mapping[str, float], prefix: str) -> dict[str, float]:
     return {tag.removeprefix(prefix): value for tag, value in scalars.items() if tag.startswith(prefix)}
-
-
-def _first(found: Sequence[str], most: int = 2) -> str:
-    rest = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(found[:most]) + rest

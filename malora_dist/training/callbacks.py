@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 from malora_dist.checkpoint.adapter import Trained
 from malora_dist.checkpoint.saving import CheckpointWriter
 from malora_dist.config import Config
-from malora_dist.errors import CheckpointError, TrainingError
+from malora_dist.errors import CheckpointError, TrainingError, first_few
 from malora_dist.exit_codes import stopped_exit_code
 from malora_dist.metrics.loggers.base import Logger, Metrics
 from malora_dist.metrics.routing import RoutingReport
@@ -22,6 +22,9 @@ from malora_dist.metrics.watch import Watch
 from malora_dist.progress import Progress
 from malora_dist.training.best import Best
 from malora_dist.training.evaluation import TaskMeans, Validation
+
+#: So many samples of a step that is skipped are named.
+_SHOWN_SAMPLES = 8
 
 
 class Step(NamedTuple):
@@ -139,7 +142,7 @@ class StopIfNotFinite(Callback):
             self._in_a_row = 0
             return
         self._in_a_row += 1
-        samples = _listed(self._sources())
+        samples = first_few(self._sources(), _SHOWN_SAMPLES)
         what = f"loss {step.losses.overall:g}, gradient norm {step.grad_norm:g}"
         self._logger.message(f"iteration {step.iteration} is skipped: {what}; its samples: {samples}")
         limit = self._config.max_skipped_steps
@@ -150,12 +153,6 @@ class StopIfNotFinite(Callback):
                 f"max_skipped_steps={limit} allows; nothing of them is saved: go on from the last checkpoint with a "
                 f"lower lr={self._config.lr:g}, or mend the last samples: {samples}"
             )
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    """The first few, in one line."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
 
 
 class Log(Periodic):
